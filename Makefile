@@ -1,0 +1,76 @@
+# One word for each thing that is done with this repository. `make` alone lists them.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test test-all check format bench docs clean
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+STAMP := $(VENV)/.setup-done
+
+# What `make demo` reads, trains and where it writes: make demo CORPUS=path MODEL=preset RUN=folder
+CORPUS ?= $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
+MODEL ?= tiny
+RUN ?= runs/demo
+
+help: ## list what can be done
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv with everything pinned (a second call does nothing)
+
+# The order matters: torch first and alone, then the rest with torch held where it is, then litdata without the
+# torchvision that it asks for (requirements/litdata.txt tells why), then this project itself.
+$(STAMP): requirements/torch.txt requirements/lock.txt requirements/litdata.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "setup: no '$(PYTHON)' found; install Python 3.11 or later, or name one: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "setup: $(PYTHON) is $$($(PYTHON) -V 2>&1), 3.11 or later is needed; name one: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@[ ! -x $(BIN)/python ] || $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "setup: $(VENV) holds $$($(BIN)/python -V 2>&1), 3.11 or later is needed; remove $(VENV) and call again" >&2; exit 1; }
+	@[ -x $(BIN)/python ] || { echo "setup: $(PYTHON) -m venv $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "setup: torch (the largest part; minutes on a slow line)"
+	@$(PIP) install -r requirements/torch.txt -c requirements/lock.txt
+	@echo "setup: $$(grep -c == requirements/lock.txt) pinned packages"
+	@$(PIP) install -r requirements/lock.txt -c requirements/torch.txt
+	@echo "setup: litdata"
+	@$(PIP) install --no-deps -r requirements/litdata.txt
+	@echo "setup: lightning-llm"
+	@$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+	@echo "setup: done, in $(VENV)"
+
+demo: setup ## real text -> tokens -> 8 processes train -> export -> it writes
+	@$(BIN)/lightning-llm tokenize --input "$(CORPUS)" --output "$(RUN)/data"
+	@$(BIN)/lightning-llm fit -c examples/stdlib/train.yaml --model.model "$(MODEL)" --data.path "$(RUN)/data" --trainer.default_root_dir "$(RUN)"
+	@$(BIN)/lightning-llm export "$(RUN)/checkpoint" "$(RUN)/model"
+	@$(BIN)/lightning-llm generate "$(RUN)/model" --prompt "def main(" --max-tokens 120
+	@echo
+	@echo "Next, your own words: $(BIN)/lightning-llm generate $(RUN)/model --prompt 'import ' --max-tokens 200 --temperature 0.8"
+
+test: setup ## the tests, without the slow ones
+	@$(BIN)/python -m pytest -m 'not slow and not gpu'
+
+test-all: setup ## all tests, the slow ones too
+	@$(BIN)/python -m pytest -m 'not gpu'
+
+check: setup ## lint, format, types, and the arrows between the rooms
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup ## put every file into the one format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## what our strategy costs over a bare torch loop
+	@$(BIN)/python benchmarks/train_overhead.py
+
+docs: setup ## the documentation, into site/
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "docs: open site/index.html"
+
+clean: ## remove what tests, checks and builds leave (not .venv, not runs/)
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis lightning_logs
+	find lightning_llm tests -name __pycache__ -type d -prune -exec rm -rf {} +

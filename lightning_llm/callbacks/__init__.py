@@ -1,0 +1,11 @@
+"""What is watched: throughput, progress and where a run's figures go.
+
+Used through `Trainer(callbacks=..., logger=...)` or by class path in YAML.
+Nothing here imports wandb before it is used.
+"""
+
+from lightning_llm.callbacks.progress import StepProgressBar
+from lightning_llm.callbacks.throughput import Throughput
+from lightning_llm.callbacks.tracking import WandbLogger
+
+__all__ = ["StepProgressBar", "Throughput", "WandbLogger"]

@@ -1,0 +1,136 @@
+"""The one place where a run's state is written and read: a folder of shards by torch.distributed.checkpoint.
+
+    weights and optimizer state   *.distcp + .metadata   every rank writes what it holds, in global names and offsets
+    loops, schedulers, callbacks  trainer.pt             written by rank 0, read without executing anything
+    config.json, tokenizer.json                          what is needed to use the weights alone
+
+The strategy saves and restores with it; export reads weights one by one with `iterate_weights`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+from lightning_llm.errors import ConfigurationError
+
+TRAINER_STATE = "trainer.pt"
+_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def model_state(module: nn.Module, aliases: Mapping[str, str]) -> dict[str, Any]:
+    """This rank's weights by global name. `aliases` maps the name of a tied copy to its owner's, so it is stored once."""
+    return _renamed(get_model_state_dict(module), aliases)
+
+
+def optimizer_state(module: nn.Module, optimizer: Optimizer, aliases: Mapping[str, str]) -> dict[str, Any]:
+    """This rank's optimizer state, flat and by parameter name, so that another layout can load it."""
+    return _renamed(get_optimizer_state_dict(module, optimizer, options=_FLAT), aliases)
+
+
+def save(checkpoint: dict[str, Any], path: Path, write_assets: Callable[[Path], None] | None = None) -> None:
+    """Writes what `Trainer.dump_checkpoint` collected. Collective.
+
+    Args:
+        checkpoint: `state_dict` and `optimizer_states` as made above; everything else is the trainer's.
+        path: The folder to write.
+        write_assets: Called by rank 0 with the folder, to add what makes the weights usable on their own.
+    """
+    if path.is_file():
+        raise ConfigurationError(f"{path} is a file; a sharded checkpoint is a folder. Choose another path.")
+    rest = dict(checkpoint)
+    tensors = {"model": rest.pop("state_dict")}
+    for index, state in enumerate(rest.pop("optimizer_states", [])):
+        tensors[f"optimizer_{index}"] = state
+    path.mkdir(parents=True, exist_ok=True)
+    dcp.save(tensors, checkpoint_id=path)
+    if dist.get_rank() == 0:
+        torch.save(rest, path / TRAINER_STATE)
+        if write_assets is not None:
+            write_assets(path)
+
+
+def load(path: Path, module: nn.Module, optimizers: list[Optimizer], aliases: Mapping[str, str]) -> dict[str, Any]:
+    """Loads weights and optimizer states into the parts that this rank holds; returns the trainer's state. Collective.
+
+    Raises:
+        ConfigurationError: `path` is no such checkpoint, or lacks tensors that the model has.
+    """
+    check(path)
+    tensors: dict[str, Any] = {"model": model_state(module, aliases)}
+    states = [get_optimizer_state_dict(module, optimizer, options=_FLAT) for optimizer in optimizers]
+    tensors |= {f"optimizer_{index}": _renamed(state, aliases) for index, state in enumerate(states)}
+    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    missing = [name for name in tensors["model"] if f"model.{name}" not in stored]
+    if missing:
+        raise ConfigurationError(
+            f"{path} lacks {len(missing)} tensors of this model, for example {missing[:3]}. Was it saved by another model?"
+        )
+    dcp.load(tensors, checkpoint_id=path)
+    for index, (optimizer, state) in enumerate(zip(optimizers, states, strict=True)):
+        loaded = tensors[f"optimizer_{index}"]
+        back = {name: loaded[_rename(name, aliases)] for name in state}
+        set_optimizer_state_dict(module, optimizer, back, options=_FLAT)
+    return trainer_state(path)
+
+
+def trainer_state(path: Path) -> dict[str, Any]:
+    """Loops, schedulers, callbacks and hyperparameters of a checkpoint; unpickles plain data and tensors only."""
+    return torch.load(path / TRAINER_STATE, map_location="cpu", weights_only=True)
+
+
+def iterate_weights(path: Path, prefix: str = "model.") -> Iterator[tuple[str, Tensor]]:
+    """The weights of a checkpoint one by one, whole, on one process, in sorted order of their names without `prefix`."""
+    check(path)
+    reader = dcp.FileSystemReader(path)
+    stored = reader.read_metadata().state_dict_metadata
+    key_prefix = f"model.{prefix}"
+    for key in sorted(name for name in stored if name.startswith(key_prefix)):
+        metadata = stored[key]
+        if isinstance(metadata, TensorStorageMetadata):
+            state = {key: torch.empty(metadata.size, dtype=metadata.properties.dtype)}
+            dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+            yield key.removeprefix(key_prefix), state[key]
+
+
+def check(path: Path) -> None:
+    """Refuses what is not a complete checkpoint folder.
+
+    Raises:
+        ConfigurationError: naming what is missing.
+    """
+    if not path.exists():
+        raise ConfigurationError(f"There is no checkpoint at {path}.")
+    for name in (".metadata", TRAINER_STATE):
+        if not (path / name).is_file():
+            raise ConfigurationError(
+                f"{path} is not a complete checkpoint: {name} is missing. A run that was interrupted while it saved leaves "
+                "such a folder; use the checkpoint before it."
+            )
+
+
+def _renamed(state: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
+    return {_rename(name, aliases): value for name, value in state.items()}
+
+
+def _rename(name: str, aliases: Mapping[str, str]) -> str:
+    """`state.model.lm_head.weight.exp_avg` -> `state.model.model.embed_tokens.weight.exp_avg`, for a tied head."""
+    for copy, owner in aliases.items():
+        for before in ("", "state.", "param_groups."):
+            if name == before + copy or name.startswith(f"{before}{copy}."):
+                return before + owner + name[len(before + copy) :]
+    return name

@@ -1,0 +1,291 @@
+"""`LLMModule`: a decoder as a LightningModule. What users hand to the Trainer; strategies ask it for its seams.
+
+The seams, all optional for a module of your own: `build_model()` (checked on the meta device before anything starts),
+`weight_source()` (fills a model that was built on the meta device), `loss()`, `loss_denominator()` and `forward_loss()` (what a
+pipeline schedules), `write_assets()` (files that a checkpoint carries along).
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_llm.errors import ConfigurationError
+from lightning_llm.models.config import DecoderConfig
+from lightning_llm.models.decoder import Decoder
+from lightning_llm.models.initialization import RandomInit
+from lightning_llm.models.weights import SafetensorsSource, WeightSource, check_names, load_weights
+
+IGNORED = -100
+Schedule = Literal["cosine", "wsd", "constant"]
+
+
+class LLMModule(LightningModule):
+    """Trains a decoder on next-token prediction.
+
+    Batches are `{"input_ids": [batch, seq], "labels": [batch, seq]}` of token ids; labels are shifted already and -100
+    marks positions that do not count. Logs `train_loss`, `val_loss`, `grad_norm` (nats per token; Euclidean norm).
+
+    Args:
+        model: A preset ("tiny", "llama3-8b", ...), a `DecoderConfig`, or a Hugging Face folder whose weights are loaded.
+        vocab_size: Overrides the preset's vocabulary, for a tokenizer of another size.
+        learning_rate: Peak learning rate.
+        weight_decay: Decoupled weight decay of matrices; norms and biases have none.
+        betas: AdamW's moving-average factors.
+        eps: AdamW's epsilon.
+        schedule: After the warm-up: "cosine" to the minimum, "wsd" (constant, then linear to the minimum over the last
+            `decay_fraction`; https://arxiv.org/abs/2404.06395), or "constant".
+        warmup_steps: Linear warm-up, optimizer steps.
+        min_learning_rate_ratio: Minimum as a fraction of the peak.
+        decay_fraction: Part of the run that "wsd" decays over.
+        seed: Of the initial weights; they do not depend on the layout.
+
+    Raises:
+        ConfigurationError: Unknown preset, a folder that holds no model, or a setting out of range.
+    """
+
+    def __init__(
+        self,
+        model: str | DecoderConfig = "tiny",
+        vocab_size: int | None = None,
+        learning_rate: float = 3e-4,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        schedule: Schedule = "cosine",
+        warmup_steps: int = 100,
+        min_learning_rate_ratio: float = 0.1,
+        decay_fraction: float = 0.2,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if schedule not in ("cosine", "wsd", "constant"):
+            raise ConfigurationError(f"schedule={schedule!r} must be one of cosine, wsd, constant.")
+        if learning_rate <= 0:
+            raise ConfigurationError(f"learning_rate={learning_rate} must be positive.")
+        self.folder = Path(model) if isinstance(model, str) and Path(model).is_dir() else None
+        self.config = resolve_config(model, vocab_size)
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.betas = betas
+        self.eps = eps
+        self.schedule = schedule
+        self.warmup_steps = warmup_steps
+        self.min_learning_rate_ratio = min_learning_rate_ratio
+        self.decay_fraction = decay_fraction
+        self.seed = seed
+        self.model: Decoder | None = None
+        self.save_hyperparameters(
+            {
+                "model": self.config.to_dict(),
+                "learning_rate": learning_rate,
+                "weight_decay": weight_decay,
+                "schedule": schedule,
+                "warmup_steps": warmup_steps,
+                "seed": seed,
+            }
+        )
+
+    # -- the model ----------------------------------------------------------------------------------------------------
+
+    def build_model(self) -> Decoder:
+        """The decoder with weights yet to come."""
+        return Decoder(self.config)
+
+    def weight_source(self) -> WeightSource:
+        """Where the first weights come from: the folder, or seeded random numbers.
+
+        Raises:
+            ConfigurationError: The folder lacks tensors, has others, or of other shapes; lists them.
+        """
+        if self.folder is None:
+            return RandomInit(self.config, self.seed)
+        source = SafetensorsSource(self.folder)
+        with torch.device("meta"):
+            check_names({name: tuple(p.shape) for name, p in self.build_model().named_parameters()}, source)
+        return source
+
+    def configure_model(self) -> None:
+        """Builds the decoder. A strategy that cuts models gets it on the meta device and fills it afterwards."""
+        if self.model is not None:
+            return
+        with self.trainer.init_module(empty_init=True):
+            self.model = self.build_model()
+        if not any(parameter.is_meta for parameter in self.model.parameters()):
+            load_weights(self.model, self.weight_source())
+
+    def setup(self, stage: str) -> None:
+        """Refuses data whose token ids the model has no embedding for."""
+        needed = getattr(self.trainer.datamodule, "vocab_size", None)
+        if needed is not None and needed > self.config.vocab_size:
+            raise ConfigurationError(
+                f"The data's tokenizer has {needed} tokens, but the model's vocab_size is {self.config.vocab_size}. "
+                f"Set vocab_size={needed} (or more) on the module, or tokenize with a smaller vocabulary."
+            )
+
+    def write_assets(self, folder: Path) -> None:
+        """Adds config.json and, where known, tokenizer.json to a checkpoint, so that it can be exported on its own."""
+        self.config.save(folder)
+        datamodule = getattr(self.trainer, "datamodule", None)
+        for origin in (getattr(datamodule, "tokenizer_file", None), self.folder and self.folder / "tokenizer.json"):
+            if origin is not None and Path(origin).is_file():
+                shutil.copyfile(origin, folder / "tokenizer.json")
+                return
+
+    # -- the loss -----------------------------------------------------------------------------------------------------
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Token ids `[batch, seq]` -> logits `[batch, seq, vocab]`."""
+        assert self.model is not None
+        return self.model(input_ids)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross entropy summed over the labels that count, nats. A pipeline calls it once per microbatch."""
+        return sum_cross_entropy(logits, labels)
+
+    def loss_denominator(self, labels: Tensor) -> Tensor:
+        """Labels that count, averaged over the data ranks.
+
+        Summed losses divided by it, averaged over the data ranks as every strategy averages gradients, are the mean over all
+        tokens of the global batch, however unevenly those are spread over ranks and microbatches.
+        """
+        count = (labels != IGNORED).sum().to(torch.get_default_dtype())
+        return self.trainer.strategy.reduce(count, reduce_op="mean").clamp(min=torch.finfo(count.dtype).tiny)
+
+    def forward_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The batch's loss, nats per token. Under a pipeline the strategy puts its schedule in this method's place."""
+        return self.loss(self(batch["input_ids"]), batch["labels"]) / self.loss_denominator(batch["labels"])
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """One batch's loss, logged as `train_loss`."""
+        loss = self.forward_loss(batch)
+        self.log("train_loss", loss.detach(), prog_bar=True, sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """One batch's loss, logged as `val_loss`, the mean over all tokens of all batches."""
+        self._log_evaluation("val_loss", batch)
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """One batch's loss, logged as `test_loss`."""
+        self._log_evaluation("test_loss", batch)
+
+    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """Logits `[batch, seq, vocab]`."""
+        return self(batch["input_ids"])
+
+    def _log_evaluation(self, name: str, batch: Mapping[str, Tensor]) -> None:
+        loss = self.forward_loss(batch)
+        # Lightning weighs batches by this number when it averages over them.
+        tokens = int(self.loss_denominator(batch["labels"]).ceil())
+        self.log(name, loss, prog_bar=True, sync_dist=True, on_epoch=True, batch_size=max(1, tokens))
+
+    # -- optimization -------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW with decay on matrices only, and the schedule per optimizer step."""
+        matrices = [p for p in self.parameters() if p.requires_grad and p.ndim >= 2]
+        vectors = [p for p in self.parameters() if p.requires_grad and p.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": self.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        groups = [group for group in groups if group["params"]]
+        optimizer = AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=self.eps)
+        scheduler = LambdaLR(optimizer, self._learning_rate_factor(self._total_steps()))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Logs `grad_norm` before clipping, where the strategy can tell it over all axes."""
+        norm = getattr(self.trainer.strategy, "gradient_norm", None)
+        if norm is not None:
+            self.log("grad_norm", norm())
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def _total_steps(self) -> int:
+        """Optimizer steps of the run. Not `trainer.estimated_stepping_batches`: reading it drops a resumed loader's position
+        (Lightning issue 20550)."""
+        trainer = self.trainer
+        if trainer.max_steps > 0:
+            return trainer.max_steps
+        steps_per_epoch = getattr(trainer.datamodule, "steps_per_epoch", None)
+        if steps_per_epoch and trainer.max_epochs and trainer.max_epochs > 0:
+            return steps_per_epoch * trainer.max_epochs
+        if self.schedule != "constant":
+            raise ConfigurationError(
+                f"schedule={self.schedule!r} needs to know the length of the run. Set Trainer(max_steps=...), or use "
+                "schedule='constant'."
+            )
+        return 0
+
+    def _learning_rate_factor(self, total: int) -> Any:
+        return LearningRateFactor(
+            self.schedule, self.warmup_steps, total, self.min_learning_rate_ratio, self.decay_fraction
+        )
+
+
+class LearningRateFactor:
+    """Learning rate as a fraction of its peak, by optimizer step. See `LLMModule` for the arguments."""
+
+    def __init__(self, schedule: Schedule, warmup: int, total: int, minimum: float, decay_fraction: float) -> None:
+        self.schedule = schedule
+        self.warmup = warmup
+        self.total = total
+        self.minimum = minimum
+        self.decay_fraction = decay_fraction
+
+    def __call__(self, step: int) -> float:
+        """The factor of step `step`, counted from 0."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        if self.schedule == "constant":
+            return 1.0
+        if self.schedule == "cosine":
+            progress = min(1.0, (step - self.warmup) / max(1, self.total - self.warmup))
+            return self.minimum + (1 - self.minimum) * 0.5 * (1 + math.cos(math.pi * progress))
+        decay = max(1, round(self.total * self.decay_fraction))
+        left = max(0, self.total - step)
+        return 1.0 if left >= decay else self.minimum + (1 - self.minimum) * left / decay
+
+
+def resolve_config(model: str | DecoderConfig, vocab_size: int | None = None) -> DecoderConfig:
+    """The configuration behind a preset's name, a Hugging Face folder, or itself."""
+    if isinstance(model, DecoderConfig):
+        config = model
+    elif Path(model).is_dir():
+        config = DecoderConfig.load(model)
+    elif "/" in model or model.startswith("."):
+        raise ConfigurationError(f"There is no model folder {model!r}.")
+    else:
+        config = DecoderConfig.preset(model)
+    if vocab_size is not None and vocab_size != config.vocab_size:
+        if isinstance(model, str) and Path(model).is_dir():
+            raise ConfigurationError(
+                f"vocab_size={vocab_size}, but the weights in {model} are for {config.vocab_size} tokens. Leave it out."
+            )
+        config = DecoderConfig.from_dict({**config.to_dict(), "vocab_size": vocab_size})
+    return config
+
+
+def sum_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of `[batch, seq, vocab]` logits summed over the labels that are not -100, at least in float32.
+
+    Logits that a strategy has split over the vocabulary stay split; the sum is a plain tensor all the same.
+    """
+    logits = logits.flatten(0, 1)
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
+    loss = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    return loss.to_local() if hasattr(loss, "to_local") else loss

@@ -1,0 +1,261 @@
+"""The grid of processes: how many ranks each parallel axis has, and the meshes cut from that grid.
+
+`ParallelDims` is plain arithmetic until `build()`; the strategy validates with it before any process is started.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from lightning_llm.errors import ConfigurationError
+
+Size = int | Literal["auto"]
+
+DENSE_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+EXPERT_AXES = ("pp", "dp_replicate", "efsdp", "ep")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelDims:
+    """Sizes of every parallel axis; their product is the world size.
+
+    The dense view of the grid is `(pp, dp_replicate, dp_shard, cp, tp)`, outermost first, so that tensor-parallel peers
+    are neighbours (the same node) and pipeline stages are far apart. Experts do not follow it: the expert view
+    `(pp, dp_replicate, efsdp, ep)` folds `dp_shard * cp * tp` into `efsdp * ep`, so that expert parallelism is not bounded
+    by the data-parallel size (Megatron-Core's "parallel folding", torchtitan's `ParallelDims`).
+
+    Args:
+        world_size: Number of processes.
+        data_parallel_size: Ranks that see different samples, replicas included.
+        replicate_size: How many replicas of the sharded model the data ranks hold (hybrid sharding); 1 shards over all.
+        tensor_parallel_size: Ranks that share one layer's matrices.
+        pipeline_parallel_size: Stages that the layers are cut into.
+        context_parallel_size: Ranks that share one sequence.
+        expert_parallel_size: Ranks that the experts of one layer are spread over.
+
+    Raises:
+        ConfigurationError: The sizes do not multiply to the world size, or do not divide each other.
+    """
+
+    world_size: int
+    data_parallel_size: int = 1
+    replicate_size: int = 1
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    context_parallel_size: int = 1
+    expert_parallel_size: int = 1
+
+    def __post_init__(self) -> None:
+        for name, size in vars(self).items():
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ConfigurationError(f"{name}={size!r} must be a whole number of at least 1.")
+        product = self.data_parallel_size * self.model_parallel_size
+        if product != self.world_size:
+            raise ConfigurationError(
+                f"{self.arithmetic()} = {product} != world size {self.world_size}. {self._suggestion()}"
+            )
+        if self.data_parallel_size % self.replicate_size:
+            raise ConfigurationError(
+                f"replicate_size({self.replicate_size}) does not divide data_parallel_size({self.data_parallel_size}). "
+                f"Use one of {divisors(self.data_parallel_size)}."
+            )
+        foldable = self.shard_size * self.context_parallel_size * self.tensor_parallel_size
+        if foldable % self.expert_parallel_size:
+            raise ConfigurationError(
+                f"expert_parallel_size({self.expert_parallel_size}) does not divide shard({self.shard_size}) * "
+                f"context({self.context_parallel_size}) * tensor({self.tensor_parallel_size}) = {foldable}. "
+                f"Use one of {divisors(foldable)}."
+            )
+
+    @classmethod
+    def resolve(
+        cls,
+        world_size: int,
+        *,
+        data_parallel_size: Size = "auto",
+        replicate_size: int = 1,
+        tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
+        context_parallel_size: int = 1,
+        expert_parallel_size: int = 1,
+    ) -> ParallelDims:
+        """Sizes with `data_parallel_size="auto"` replaced by the ranks that the other axes leave."""
+        if data_parallel_size == "auto":
+            others = tensor_parallel_size * pipeline_parallel_size * context_parallel_size
+            data_parallel_size = max(1, world_size // others)
+        return cls(
+            world_size=world_size,
+            data_parallel_size=data_parallel_size,
+            replicate_size=replicate_size,
+            tensor_parallel_size=tensor_parallel_size,
+            pipeline_parallel_size=pipeline_parallel_size,
+            context_parallel_size=context_parallel_size,
+            expert_parallel_size=expert_parallel_size,
+        )
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that work on the same samples: pipeline * context * tensor."""
+        return self.pipeline_parallel_size * self.context_parallel_size * self.tensor_parallel_size
+
+    @property
+    def shard_size(self) -> int:
+        """Data ranks that parameters are sharded over (`dp_shard`)."""
+        return self.data_parallel_size // self.replicate_size
+
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """Sizes of `DENSE_AXES`."""
+        return (
+            self.pipeline_parallel_size,
+            self.replicate_size,
+            self.shard_size,
+            self.context_parallel_size,
+            self.tensor_parallel_size,
+        )
+
+    @property
+    def expert_shape(self) -> tuple[int, ...]:
+        """Sizes of `EXPERT_AXES`."""
+        foldable = self.shard_size * self.context_parallel_size * self.tensor_parallel_size
+        return (
+            self.pipeline_parallel_size,
+            self.replicate_size,
+            foldable // self.expert_parallel_size,
+            self.expert_parallel_size,
+        )
+
+    def data_rank(self, rank: int) -> int:
+        """Data coordinate of a global rank: ranks with the same one see the same samples."""
+        _, replicate, shard, _, _ = self.coordinates(rank)
+        return replicate * self.shard_size + shard
+
+    def coordinates(self, rank: int) -> tuple[int, ...]:
+        """Position of a global rank in the dense grid, in the order of `DENSE_AXES`."""
+        position = []
+        for size in reversed(self.dense_shape):
+            position.append(rank % size)
+            rank //= size
+        return tuple(reversed(position))
+
+    def arithmetic(self) -> str:
+        """The sizes as a product, for messages: `pipeline(2) * data(2) * tensor(2)`."""
+        parts = {
+            "pipeline": self.pipeline_parallel_size,
+            "data": self.data_parallel_size,
+            "context": self.context_parallel_size,
+            "tensor": self.tensor_parallel_size,
+        }
+        shown = {name: size for name, size in parts.items() if size > 1 or name in ("pipeline", "data", "tensor")}
+        return " * ".join(f"{name}({size})" for name, size in shown.items())
+
+    def draw(self) -> str:
+        """The grid as text: a row a pipeline stage and data rank, a column a tensor (and context) rank."""
+        columns = self.context_parallel_size * self.tensor_parallel_size
+        width = len(str(self.world_size - 1))
+        lines = [f"{self.world_size} process{'es' if self.world_size > 1 else ''} = {self.arithmetic()}"]
+        for first in range(0, self.world_size, columns):
+            ranks = " ".join(f"{rank:>{width}}" for rank in range(first, first + columns))
+            lines.append(f"  stage {self.coordinates(first)[0]}  data {self.data_rank(first)}  tensor [{ranks}]")
+            if len(lines) > 16 and first + columns < self.world_size:
+                lines.append(f"  ... {(self.world_size - first) // columns - 1} more rows")
+                break
+        return "\n".join(lines)
+
+    def build(self, device_type: str) -> Meshes:
+        """Creates the process groups. Collective: every rank calls it once, after `init_process_group`."""
+        dense = init_device_mesh(device_type, self.dense_shape, mesh_dim_names=DENSE_AXES)
+        expert = None
+        if self.expert_parallel_size > 1:
+            expert = init_device_mesh(device_type, self.expert_shape, mesh_dim_names=EXPERT_AXES)
+        return Meshes(dims=self, dense=dense, expert=expert)
+
+    def _suggestion(self) -> str:
+        if self.world_size % self.model_parallel_size == 0:
+            return f"Set data_parallel_size to {self.world_size // self.model_parallel_size} or 'auto'."
+        needed = self.data_parallel_size * self.model_parallel_size
+        fixed = self.pipeline_parallel_size * self.context_parallel_size
+        tensor = [size for size in divisors(self.world_size) if self.world_size % (size * fixed) == 0]
+        advice = f"Start {needed} processes"
+        if tensor:
+            advice += f", or choose tensor_parallel_size from {tensor} and data_parallel_size 'auto'"
+        return advice + "."
+
+
+@dataclass(frozen=True)
+class Meshes:
+    """The process groups of one run, cut from one grid (see `ParallelDims`)."""
+
+    dims: ParallelDims
+    dense: DeviceMesh
+    expert: DeviceMesh | None
+
+    @property
+    def tensor(self) -> DeviceMesh:
+        """Tensor-parallel axis of this rank."""
+        return self.dense["tp"]
+
+    @property
+    def pipeline(self) -> DeviceMesh:
+        """Pipeline axis of this rank: one rank a stage."""
+        return self.dense["pp"]
+
+    @property
+    def sharding(self) -> DeviceMesh:
+        """What `fully_shard` gets: one axis, or `(dp_replicate, dp_shard)` for hybrid sharding."""
+        if self.dims.replicate_size > 1:
+            return self.dense["dp_replicate", "dp_shard"]
+        return self.dense["dp_shard"]
+
+    @property
+    def stage(self) -> int:
+        """Pipeline stage of this rank, from 0."""
+        return self.pipeline.get_local_rank()
+
+    def model_peers(self) -> list[int]:
+        """Global ranks with this rank's data coordinate: they must be handed the same samples."""
+        here = self.dims.data_rank(torch.distributed.get_rank())
+        return [rank for rank in range(self.dims.world_size) if self.dims.data_rank(rank) == here]
+
+
+def recommended_sizes(
+    num_parameters: int,
+    world_size: int,
+    devices_per_node: int,
+    *,
+    tensor_divides: Iterable[int] = (),
+    num_units: int = 1,
+) -> tuple[int, int]:
+    """Tensor and pipeline sizes for a model of a size: data parallel below 7 billion parameters, then tensor parallel within
+    a node, then pipeline stages, as large dense models are trained in practice (https://arxiv.org/abs/2104.04473).
+
+    Args:
+        num_parameters: Of the whole model.
+        world_size: Processes in all.
+        devices_per_node: Tensor parallelism stays within a node, for its links.
+        tensor_divides: Numbers that the tensor size must divide (heads, intermediate size, ...).
+        num_units: Blocks that stages can share out.
+
+    Returns:
+        `(tensor_parallel_size, pipeline_parallel_size)`; the data ranks are what is left.
+    """
+    billions = num_parameters / 1e9
+    tensor = 1 if billions < 7 else 8
+    pipeline = 1 if billions < 30 else 4 if billions < 100 else 16
+    numbers = [world_size, devices_per_node, *tensor_divides]
+    tensor = max(size for size in range(1, tensor + 1) if all(number % size == 0 for number in numbers))
+    left = world_size // tensor
+    pipeline = max(size for size in range(1, min(pipeline, num_units) + 1) if left % size == 0)
+    return tensor, pipeline
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors of `number`, ascending."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})

@@ -1,0 +1,122 @@
+"""What a model tells about itself so that it can be parallelised: a `ParallelPlan`.
+
+Models know nothing of parallelism. A plan names their parts; tensor.py, pipeline.py and sharding.py act on the names.
+`Decoder` has a plan here; a user's own model offers one as an attribute or method named `parallel_plan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import singledispatch
+from typing import Literal
+
+from torch import nn
+
+from lightning_llm.errors import ConfigurationError
+from lightning_llm.models.decoder import Decoder
+
+TensorStyle = Literal["embedding", "norm", "head_norm", "gather", "column", "row", "vocabulary"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelPlan:
+    """Names of a model's parts, as `named_modules()` gives them; `*` stands for any characters.
+
+    Attributes:
+        tensor_parallel: Module pattern -> tensor-parallel style (see `tensor.py`): `embedding`, `norm`, `head_norm`
+            (a norm over each head), `gather` (a block that needs the whole sequence), `column`, `row`, `vocabulary`
+            (the output layer; its logits stay split over the vocabulary).
+        tensor_divides: Label -> number that the tensor-parallel size must divide, checked before anything starts.
+        pipeline_first: Modules that only the first stage has.
+        pipeline_units: Name of the `nn.ModuleDict` of blocks that stages share out; its keys stay what they are, so
+            that parameter names do not depend on the layout.
+        pipeline_last: Modules that only the last stage has.
+        tied: Pairs (owner, copy) of parameter names that are one tensor.
+    """
+
+    tensor_parallel: Mapping[str, TensorStyle] = field(default_factory=dict)
+    tensor_divides: Mapping[str, int] = field(default_factory=dict)
+    pipeline_first: tuple[str, ...] = ()
+    pipeline_units: str = ""
+    pipeline_last: tuple[str, ...] = ()
+    tied: tuple[tuple[str, str], ...] = ()
+
+    def check(self, model: nn.Module, *, tensor_parallel_size: int, pipeline_parallel_size: int) -> None:
+        """Refuses sizes that this model cannot be cut into.
+
+        Raises:
+            ConfigurationError: with the arithmetic and what to change.
+        """
+        if tensor_parallel_size > 1:
+            if not self.tensor_parallel:
+                raise ConfigurationError(
+                    f"tensor_parallel_size={tensor_parallel_size}, but the plan of {type(model).__name__} names no "
+                    "tensor-parallel modules. Add `tensor_parallel` to its ParallelPlan."
+                )
+            for label, number in self.tensor_divides.items():
+                if number % tensor_parallel_size:
+                    valid = [size for size in range(1, number + 1) if all(n % size == 0 for n in self._divided())]
+                    raise ConfigurationError(
+                        f"tensor_parallel_size({tensor_parallel_size}) does not divide {label}({number}). "
+                        f"Sizes that this model allows: {valid}."
+                    )
+        if pipeline_parallel_size > 1:
+            if not self.pipeline_units:
+                raise ConfigurationError(
+                    f"pipeline_parallel_size={pipeline_parallel_size}, but the plan of {type(model).__name__} names no "
+                    "pipeline units. Add `pipeline_units` to its ParallelPlan."
+                )
+            units = len(list(model.get_submodule(self.pipeline_units).children()))
+            if pipeline_parallel_size > units:
+                raise ConfigurationError(
+                    f"pipeline_parallel_size({pipeline_parallel_size}) is more than the {units} layers of the model. "
+                    f"Use at most {units}."
+                )
+
+    def _divided(self) -> list[int]:
+        return list(self.tensor_divides.values())
+
+
+@singledispatch
+def plan_of(model: nn.Module) -> ParallelPlan | None:
+    """The plan of a model, or None: such a model trains under data parallelism alone."""
+    plan = getattr(model, "parallel_plan", None)
+    return plan() if callable(plan) else plan
+
+
+@plan_of.register
+def _(model: Decoder) -> ParallelPlan:
+    config = model.config
+    layer = "model.layers.*"
+    styles: dict[str, TensorStyle] = {
+        "model.embed_tokens": "embedding",
+        f"{layer}.input_layernorm": "norm",
+        f"{layer}.self_attn": "gather",
+        f"{layer}.self_attn.q_proj": "column",
+        f"{layer}.self_attn.k_proj": "column",
+        f"{layer}.self_attn.v_proj": "column",
+        f"{layer}.self_attn.q_norm": "head_norm",
+        f"{layer}.self_attn.k_norm": "head_norm",
+        f"{layer}.self_attn.o_proj": "row",
+        f"{layer}.post_attention_layernorm": "norm",
+        f"{layer}.mlp": "gather",
+        f"{layer}.mlp.gate_proj": "column",
+        f"{layer}.mlp.up_proj": "column",
+        f"{layer}.mlp.down_proj": "row",
+        "model.norm": "norm",
+        "lm_head": "vocabulary",
+    }
+    return ParallelPlan(
+        tensor_parallel=styles,
+        tensor_divides={
+            "num_attention_heads": config.num_attention_heads,
+            "num_key_value_heads": config.num_key_value_heads,
+            "intermediate_size": config.intermediate_size,
+            "vocab_size": config.vocab_size,
+        },
+        pipeline_first=("model.embed_tokens",),
+        pipeline_units="model.layers",
+        pipeline_last=("model.norm", "lm_head"),
+        tied=(("model.embed_tokens.weight", "lm_head.weight"),) if config.tie_word_embeddings else (),
+    )

@@ -1,0 +1,27 @@
+"""The names that `Trainer(strategy=...)` takes. A registered name takes no arguments from YAML, so common sizes have one each."""
+
+from typing import Any
+
+from lightning.fabric.strategies import _StrategyRegistry
+
+from lightning_llm.strategies.llm3d import LLM3DStrategy
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "llm3d": {"tensor_parallel_size": "auto", "pipeline_parallel_size": "auto"},
+    "llm3d_zero2": {"zero_stage": 2},
+    "llm3d_zero3": {"zero_stage": 3},
+    "llm3d_tp2": {"tensor_parallel_size": 2},
+    "llm3d_tp4": {"tensor_parallel_size": 4},
+    "llm3d_tp8": {"tensor_parallel_size": 8},
+    "llm3d_pp2": {"pipeline_parallel_size": 2},
+    "llm3d_pp4": {"pipeline_parallel_size": 4},
+    "llm3d_tp2_pp2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+    "llm3d_tp8_pp4": {"tensor_parallel_size": 8, "pipeline_parallel_size": 4},
+}
+
+
+def register_presets(registry: _StrategyRegistry) -> None:
+    """Adds every preset to Lightning's registry; a second import replaces them."""
+    for name, arguments in PRESETS.items():
+        description = ", ".join(f"{key}={value}" for key, value in arguments.items())
+        registry.register(name, LLM3DStrategy, description=f"3D parallelism: {description}", override=True, **arguments)

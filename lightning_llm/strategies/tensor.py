@@ -1,0 +1,111 @@
+"""Tensor (and sequence) parallelism: each rank of the axis holds a slice of every matrix.
+
+Megatron's column/row scheme (https://arxiv.org/abs/1909.08053) with its sequence parallelism
+(https://arxiv.org/abs/2205.05198), by DTensor. Called once by llm3d.py on a model that is still on the meta device.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    loss_parallel,
+    parallelize_module,
+)
+
+from lightning_llm.strategies.plan import ParallelPlan, TensorStyle
+
+SEQUENCE_DIM = 1  # of [batch, seq, hidden]
+HEADS_DIM = 2  # of [batch, seq, heads, head_dim]
+
+
+class ReplicatedModule(ParallelStyle):
+    """Parameters replicated over the axis as DTensors, plain tensors in and out.
+
+    Every parameter of a tensor-parallel model is then a DTensor on the same mesh, which keeps gradient norms, optimizer
+    states and checkpoints uniform.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return distribute_module(
+            module,
+            device_mesh,
+            None,
+            lambda _, inputs, mesh: tuple(DTensor.from_local(x, mesh, (Replicate(),), run_check=False) for x in inputs),
+            lambda _, output, mesh: output.to_local(),
+        )
+
+
+def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, plan: ParallelPlan, *, sequence_parallel: bool) -> None:
+    """Replaces the parameters of `model` by DTensors sharded over `mesh` and hooks the collectives in, as `plan` says.
+
+    Args:
+        model: Whole model or one pipeline stage of it. Activations are `[batch, seq, hidden]`.
+        mesh: The tensor-parallel axis.
+        plan: Names the style of each module.
+        sequence_parallel: Between the blocks each rank keeps `seq / tensor_parallel_size` of the sequence, so that norms and
+            residuals are not computed `tensor_parallel_size` times; the sequence length must then divide.
+    """
+    styles = _styles(sequence_parallel)
+    for name, module in list(model.named_modules()):
+        for pattern, style in plan.tensor_parallel.items():
+            if _matches(name, pattern):
+                parallelize_module(module, mesh, styles[style])
+    for owner, copy in plan.tied:
+        retie(model, owner, copy)
+
+
+def logits_context() -> AbstractContextManager[None]:
+    """Within it cross entropy takes logits that are split over the vocabulary; both forward and backward belong in it."""
+    return loss_parallel()
+
+
+def retie(model: nn.Module, owner: str, copy: str) -> None:
+    """Makes parameter `copy` the same object as `owner` again, if this stage has both."""
+    owner_module, copy_module = (_parent(model, name) for name in (owner, copy))
+    if owner_module is not None and copy_module is not None:
+        parameter = getattr(owner_module, owner.rpartition(".")[2])
+        copy_module.register_parameter(copy.rpartition(".")[2], parameter)
+
+
+def _parent(model: nn.Module, parameter: str) -> nn.Module | None:
+    modules = dict(model.named_modules())
+    return modules.get(parameter.rpartition(".")[0])
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Like a path: `*` does not cross a dot, so that `layers.*.mlp` is not `layers.0.mlp.gate.mlp`."""
+    parts, wanted = name.split("."), pattern.split(".")
+    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+
+
+def _styles(sequence_parallel: bool) -> dict[TensorStyle, ParallelStyle]:
+    """What each style of a plan does, with activations split over the sequence or replicated between the blocks."""
+    between = Shard(SEQUENCE_DIM) if sequence_parallel else Replicate()
+    return {
+        "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=between),
+        "norm": SequenceParallel(sequence_dim=SEQUENCE_DIM, use_local_output=True)
+        if sequence_parallel
+        else ReplicatedModule(),
+        "head_norm": SequenceParallel(sequence_dim=HEADS_DIM, use_local_output=True),
+        # The block's projections share one DTensor input: their gradients are summed before the one reduce-scatter.
+        "gather": PrepareModuleInput(input_layouts=(between,), desired_input_layouts=(Replicate(),)),
+        "column": ColwiseParallel(),
+        "row": RowwiseParallel(output_layouts=between),
+        "vocabulary": ColwiseParallel(input_layouts=between, output_layouts=Shard(-1), use_local_output=False),
+    }
+
+
+def to_plain(tensor: torch.Tensor) -> torch.Tensor:
+    """A DTensor's whole value on every rank; other tensors as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,98 @@
+"""A small run that every test of a layout shares: fixed data, a small decoder, the real Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_llm import DecoderConfig, LLM3DStrategy, LLMModule
+
+VOCAB = 96
+SEQ_LEN = 16
+BATCH_SIZE = 8
+SMALL = DecoderConfig(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
+
+
+class TokenRows(Dataset):
+    """Rows of predictable tokens, some labels ignored, unevenly over the rows."""
+
+    def __init__(self, rows: int = 64, ignore: bool = True) -> None:
+        generator = torch.Generator().manual_seed(7)
+        steps = torch.randint(1, 5, (rows, 1), generator=generator)
+        self.tokens = (torch.arange(SEQ_LEN + 1) * steps + torch.arange(rows)[:, None]) % VOCAB
+        self.ignore = ignore
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        labels = self.tokens[index, 1:].clone()
+        if self.ignore:
+            labels[: index % SEQ_LEN] = -100
+        return {"input_ids": self.tokens[index, :-1], "labels": labels}
+
+
+class Recorder(Callback):
+    """Keeps what a user would see of each batch."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.grad_norms: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int) -> None:
+        self.losses.append(float(trainer.callback_metrics["train_loss"]))
+        self.grad_norms.append(float(trainer.callback_metrics.get("grad_norm", float("nan"))))
+
+
+def make_module(config: DecoderConfig = SMALL, **arguments: Any) -> LLMModule:
+    return LLMModule(config, **{"learning_rate": 5e-3, "warmup_steps": 2, **arguments})
+
+
+def make_trainer(strategy: LLM3DStrategy | str, devices: int, **arguments: Any) -> Trainer:
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "max_steps": 20,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "gradient_clip_val": 1.0,
+    }
+    return Trainer(strategy=strategy, devices=devices, **{**defaults, **arguments})
+
+
+def loader(trainer: Trainer, strategy: LLM3DStrategy | None, accumulate: int = 1, **arguments: Any) -> DataLoader:
+    """`BATCH_SIZE` rows per optimizer step over all data ranks. Lightning adds the sampler."""
+    data_ranks = 1
+    if strategy is not None and strategy.dims is not None:
+        data_ranks = strategy.dims.data_parallel_size
+    return DataLoader(TokenRows(**arguments), batch_size=BATCH_SIZE // data_ranks // accumulate, shuffle=False)
+
+
+def train(
+    world_size: int, sizes: dict[str, Any], config: DecoderConfig = SMALL, accumulate: int = 1, **arguments: Any
+) -> dict[str, Any]:
+    """One run in one layout; what this rank saw."""
+    strategy = LLM3DStrategy(**sizes)
+    recorder = Recorder()
+    trainer = make_trainer(strategy, world_size, callbacks=[recorder], accumulate_grad_batches=accumulate, **arguments)
+    module = make_module(config)
+    trainer.fit(module, loader(trainer, strategy, accumulate), loader(trainer, strategy, rows=16))
+    return {
+        "losses": recorder.losses,
+        "grad_norms": recorder.grad_norms,
+        "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        "global_step": trainer.global_step,
+    }
