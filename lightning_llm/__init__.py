@@ -3,7 +3,20 @@
 Importing this package registers the strategy `"llm3d"` and its presets with Lightning.
 """
 
-from lightning.pytorch.strategies import StrategyRegistry
+import warnings
+
+# Lightning 2.6 asks torch's pytree in a way that torch has deprecated; every rank would print it.
+warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
+
+try:
+    from lightning.pytorch.strategies import StrategyRegistry
+except RuntimeError as error:
+    if "torchvision" not in str(error):
+        raise
+    raise ImportError(
+        "The torchvision that is installed does not fit this build of torch, and Lightning's torchmetrics imports it. "
+        "Nothing here needs it: pip uninstall torchvision"
+    ) from error
 
 from lightning_llm.data.module import TokenDataModule
 from lightning_llm.errors import ConfigurationError

@@ -9,6 +9,7 @@ The strategy saves and restores with it; export reads weights one by one with `i
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,16 +53,32 @@ def save(checkpoint: dict[str, Any], path: Path, write_assets: Callable[[Path], 
     """
     if path.is_file():
         raise ConfigurationError(f"{path} is a file; a sharded checkpoint is a folder. Choose another path.")
+    staging = path.with_name(f".{path.name}.saving")
+    if dist.get_rank() == 0:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    dist.barrier()
     rest = dict(checkpoint)
     tensors = {"model": rest.pop("state_dict")}
     for index, state in enumerate(rest.pop("optimizer_states", [])):
         tensors[f"optimizer_{index}"] = state
-    path.mkdir(parents=True, exist_ok=True)
-    dcp.save(tensors, checkpoint_id=path)
+    dcp.save(tensors, checkpoint_id=staging)
     if dist.get_rank() == 0:
-        torch.save(rest, path / TRAINER_STATE)
+        torch.save(rest, staging / TRAINER_STATE)
         if write_assets is not None:
-            write_assets(path)
+            write_assets(staging)
+        _publish(staging, path)
+    dist.barrier()
+
+
+def _publish(staging: Path, path: Path) -> None:
+    """Puts a finished folder in its place. What stood there before goes only after that."""
+    before = path.with_name(f".{path.name}.before")
+    shutil.rmtree(before, ignore_errors=True)
+    if path.exists():
+        path.rename(before)
+    staging.rename(path)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def load(path: Path, module: nn.Module, optimizers: list[Optimizer], aliases: Mapping[str, str]) -> dict[str, Any]:
@@ -93,18 +110,21 @@ def trainer_state(path: Path) -> dict[str, Any]:
     return torch.load(path / TRAINER_STATE, map_location="cpu", weights_only=True)
 
 
-def iterate_weights(path: Path, prefix: str = "model.") -> Iterator[tuple[str, Tensor]]:
-    """The weights of a checkpoint one by one, whole, on one process, in sorted order of their names without `prefix`."""
+def stored_weights(path: Path, prefix: str = "model.") -> dict[str, TensorStorageMetadata]:
+    """Shapes and types of the weights in a checkpoint, by name without the module's `prefix`; reads no tensor."""
     check(path)
-    reader = dcp.FileSystemReader(path)
-    stored = reader.read_metadata().state_dict_metadata
-    key_prefix = f"model.{prefix}"
-    for key in sorted(name for name in stored if name.startswith(key_prefix)):
-        metadata = stored[key]
-        if isinstance(metadata, TensorStorageMetadata):
-            state = {key: torch.empty(metadata.size, dtype=metadata.properties.dtype)}
-            dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=True)
-            yield key.removeprefix(key_prefix), state[key]
+    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    key = f"model.{prefix}"
+    tensors = {name.removeprefix(key): found for name, found in stored.items() if name.startswith(key)}
+    return {name: found for name, found in tensors.items() if isinstance(found, TensorStorageMetadata)}
+
+
+def iterate_weights(path: Path, prefix: str = "model.") -> Iterator[tuple[str, Tensor]]:
+    """The weights of a checkpoint one by one, whole, on one process, in sorted order of their names."""
+    for name, found in sorted(stored_weights(path, prefix).items()):
+        state = {f"model.{prefix}{name}": torch.empty(found.size, dtype=found.properties.dtype)}
+        dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+        yield name, next(iter(state.values()))
 
 
 def check(path: Path) -> None:

@@ -120,6 +120,7 @@ class TokenLoader:
         self.pin_memory = pin_memory
         self.identity = identity or {}
         self.sampler = _Position()
+        self.batch_sampler = None  # Lightning asks for it where it finds a sampler
 
     @property
     def total(self) -> int:

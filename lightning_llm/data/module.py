@@ -84,6 +84,11 @@ class TokenDataModule(LightningDataModule):
         return self.corpus.tokenizer_file
 
     @property
+    def end_of_text_id(self) -> int:
+        """The token that ends each document."""
+        return self.corpus.end_of_text_id
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in an epoch; the same on every layout."""
         return sum(self.corpus.train.sequences_per_chunk(self.seq_len)) // self.batch_size

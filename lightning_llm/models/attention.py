@@ -33,11 +33,9 @@ class AttentionFunction(Protocol):
 
 def window_mask(queries: int, keys: int, sliding_window: int | None, *, device: torch.device) -> Tensor:
     """Which key each query may see, bool [queries, keys]; the last query stands at the last key."""
-    # Not in inference mode: training saves the mask for backward.
-    with torch.inference_mode(False):
-        distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
-        visible = distance >= 0
-        return visible if sliding_window is None else visible & (distance < sliding_window)
+    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    visible = distance >= 0
+    return visible if sliding_window is None else visible & (distance < sliding_window)
 
 
 def causal_attention(

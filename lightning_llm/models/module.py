@@ -135,8 +135,11 @@ class LLMModule(LightningModule):
 
     def write_assets(self, folder: Path) -> None:
         """Adds config.json and, where known, tokenizer.json to a checkpoint, so that it can be exported on its own."""
-        self.config.save(folder)
         datamodule = getattr(self.trainer, "datamodule", None)
+        config, end_of_text = self.config, getattr(datamodule, "end_of_text_id", None)
+        if config.eos_token_id is None and end_of_text is not None:
+            config = config.replace(eos_token_id=end_of_text)
+        config.save(folder)
         for origin in (getattr(datamodule, "tokenizer_file", None), self.folder and self.folder / "tokenizer.json"):
             if origin is not None and Path(origin).is_file():
                 shutil.copyfile(origin, folder / "tokenizer.json")

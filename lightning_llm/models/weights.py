@@ -281,7 +281,7 @@ def _write_shards(tensors: Iterable[tuple[str, Tensor]], staging: Path, limit: i
     for name, tensor in tensors:
         data = tensor.detach().to("cpu").contiguous()
         if data.untyped_storage().nbytes() != data.nbytes:
-            data = data.clone()  # a view of something larger would be taken for shared memory
+            data = data.clone()  # views may overlap, which safetensors refuses as shared memory
         if shard and size + data.nbytes > limit:
             flush()
             size = 0

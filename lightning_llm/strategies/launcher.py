@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,9 @@ from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 PARENT_VARIABLE = "LIGHTNING_LLM_PARENT_PID"
-FAILURE_KEY = "lightning_llm/failures"
+FAILURE_COUNT = "lightning_llm/failures"
+FAILED_RANK = "lightning_llm/failed_rank"
+FAREWELL = 8.0  # seconds that a failed rank gets to print its traceback and close its loggers
 
 
 class ProcessLauncher(_SubprocessScriptLauncher):
@@ -43,6 +46,16 @@ class ProcessLauncher(_SubprocessScriptLauncher):
         # A Trainer of the same script may launch again after the first one's run: its processes are there already.
         return super().launch(function, *args, trainer=trainer, **kwargs)
 
+    def wait_for(self, rank: int) -> int:
+        """Lets a failed process of this node finish by itself, for a few seconds; returns its exit code, or 1."""
+        local = rank - self.cluster_environment.node_rank() * self.num_processes
+        if not 0 < local <= len(self.procs):
+            return 1
+        try:
+            return self.procs[local - 1].wait(timeout=FAREWELL) or 1
+        except subprocess.TimeoutExpired:
+            return 1
+
 
 def die_with_launcher() -> None:
     """In a process that `ProcessLauncher` started: asks the kernel to end this process when the launching one ends.
@@ -59,15 +72,19 @@ def die_with_launcher() -> None:
         os._exit(1)
 
 
-def first_to_fail() -> bool:
-    """Whether no other rank has reported a failure before; reports this one.
+def first_to_fail(rank: int) -> int:
+    """The rank whose failure came first; reports this one's.
 
     An exception in one rank reaches the others as closed connections a moment later. Only the first one tells what went
     wrong; the store keeps count.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return True
+        return rank
     try:
-        return dist.distributed_c10d._get_default_store().add(FAILURE_KEY, 1) == 1
-    except RuntimeError:  # the store's host is gone: it failed before us
-        return False
+        store = dist.distributed_c10d._get_default_store()
+        if store.add(FAILURE_COUNT, 1) == 1:
+            store.set(FAILED_RANK, str(rank))
+            return rank
+        return int(store.get(FAILED_RANK))
+    except (RuntimeError, dist.DistError):
+        return 0  # the store is gone, and rank 0 with it

@@ -518,10 +518,13 @@ class LLM3DStrategy(ParallelStrategy):
 
     def on_exception(self, exception: BaseException) -> None:
         """The first rank that fails raises; the others, which see closed connections, leave quietly."""
-        if not first_to_fail():
+        failed = first_to_fail(self.global_rank)
+        if failed != self.global_rank:
+            # This may be the process that the terminal waits for: it goes last, with the failed rank's exit code.
+            code = self._launcher.wait_for(failed) if isinstance(self._launcher, ProcessLauncher) else 1
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(1)
+            os._exit(code)
 
     def model_to_device(self) -> None:
         """Done while the model is materialised."""

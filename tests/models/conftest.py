@@ -47,7 +47,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-yarn": ("Llama", {"rope_parameters": {**YARN, "rope_theta": 1e4}}),
     "llama-yarn-mscale": (
         "Llama",
-        {"rope_parameters": {**YARN, "rope_theta": 1e4, "mscale": 0.7, "mscale_all_dim": 0.3, "truncate": False}},
+        {"rope_parameters": {**YARN, "rope_theta": 1e4, "mscale": 0.7, "mscale_all_dim": 0.3}},
+    ),
+    "llama-yarn-untruncated": (
+        "Llama",
+        {"rope_parameters": {**YARN, "rope_theta": 1e4, "original_max_position_embeddings": 600, "truncate": False}},
     ),
     "llama-yarn-betas": (
         "Llama",

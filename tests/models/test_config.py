@@ -203,6 +203,12 @@ def test_qwen_windows_that_are_switched_off():
     assert DecoderConfig.from_dict(values).sliding_window is None
 
 
+def test_qwen_windows_from_a_layer_on():
+    values = {**SIZES, "model_type": "qwen2", "sliding_window": 9, "use_sliding_window": True, "max_window_layers": 1}
+    config = DecoderConfig.from_dict(values)
+    assert [config.layer_window(i) for i in range(3)] == [None, 9, 9]
+
+
 def test_mistral_with_layer_types_is_a_ministral():
     layer_types = ["full_attention", "sliding_attention", "full_attention"]
     values = {**SIZES, "model_type": "mistral", "sliding_window": 5, "layer_types": layer_types}

@@ -119,11 +119,12 @@ def test_stops_at_the_end_of_text():
     assert list(generate(decoder, [1, 2, 3], max_tokens=12, eos_token_ids=(96, stop))) == until or 96 in until
 
 
-def test_sampling_is_reproducible_by_seed():
+@pytest.mark.parametrize("top_p", [1.0, 0.95])
+def test_sampling_is_reproducible_by_seed(top_p):
     decoder = decoder_with()
 
     def run(seed: int | None) -> list[int]:
-        return list(generate(decoder, [1, 2, 3], max_tokens=24, temperature=1.0, seed=seed))
+        return list(generate(decoder, [1, 2, 3], max_tokens=24, temperature=1.0, top_p=top_p, seed=seed))
 
     assert run(1) == run(1)
     assert run(1) != run(2)
@@ -132,7 +133,8 @@ def test_sampling_is_reproducible_by_seed():
 
 def test_sampling_leaves_the_global_generator_alone():
     before = torch.random.get_rng_state()
-    list(generate(decoder_with(), [1], max_tokens=5, temperature=1.0))
+    for top_p in (0.9, 1.0):
+        list(generate(decoder_with(), [1], max_tokens=5, temperature=1.0, top_p=top_p))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 

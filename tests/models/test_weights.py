@@ -135,36 +135,29 @@ def test_only_the_box_is_read(tmp_path):
 def test_load_into_shards_and_by_name(saved):
     whole = Decoder.from_pretrained(saved)
 
-    class Half(torch.nn.Module):
-        """Holds half the rows of one projection, as a tensor-parallel rank does, and nothing of another."""
+    rank = Decoder(CONFIG)
+    projections = rank.model.layers["1"].self_attn
+    # As a tensor-parallel rank holds them: half the rows of one projection, and an empty share of another.
+    projections.q_proj.weight = torch.nn.Parameter(torch.zeros(16, 32))
+    projections.k_proj.weight = torch.nn.Parameter(torch.zeros(0, 32))
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.zeros(16, 32))
-            self.empty = torch.nn.Parameter(torch.zeros(0, 32))
-
-    half = Half()
-    local = {"q": half.weight, "none": half.empty}
-    model = torch.nn.Module()
-    model.register_module("model", torch.nn.Module())
-    stack = model.model
-    for part in ("layers", "1", "self_attn"):
-        stack.register_module(part, torch.nn.Module())
-        stack = getattr(stack, part)
-    stack.register_module("q_proj", torch.nn.Module())
-    stack.q_proj.weight = local["q"]
-    stack.register_module("k_proj", torch.nn.Module())
-    stack.k_proj.weight = local["none"]
-
-    def rows_16_to_32(parameter):
-        shape = (32, 32) if parameter is local["q"] else (16, 32)
-        rows = slice(16, 32) if parameter is local["q"] else slice(16, 16)
-        return parameter.detach(), (rows, slice(0, 32)), shape
+    def local(parameter):
+        if parameter is projections.q_proj.weight:
+            return parameter.detach(), (slice(16, 32), slice(0, 32)), (32, 32)
+        return parameter.detach(), (slice(16, 16), slice(0, 32)), (16, 32)
 
     with SafetensorsSource(saved) as source:
-        load_weights(model, source, local=rows_16_to_32)
-        expected = whole.model.layers["1"].self_attn.q_proj.weight[16:]
-        assert torch.equal(half.weight, expected)
+        asked: list[str] = []
+
+        class Recording:
+            def read(self, name, box, shape):
+                asked.append(name)
+                return source.read(name, box, shape)
+
+        names = [f"model.layers.1.self_attn.{part}.weight" for part in ("q_proj", "k_proj")]
+        load_weights(rank, Recording(), local=local, names=names)
+        assert asked == names[:1]  # nothing is read for an empty share
+        assert torch.equal(projections.q_proj.weight, whole.model.layers["1"].self_attn.q_proj.weight[16:])
 
         fresh = Decoder(CONFIG)
         fresh.reset_parameters(seed=9)
@@ -172,6 +165,17 @@ def test_load_into_shards_and_by_name(saved):
         load_weights(fresh, source, names=["model.norm.weight", "model.embed_tokens.weight"])
     assert torch.equal(fresh.model.embed_tokens.weight, whole.model.embed_tokens.weight)
     assert torch.equal(fresh.lm_head.weight, untouched)
+
+
+def test_leaving_the_source_unmaps_its_files(saved):
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("no /proc on this system")
+    with SafetensorsSource(saved) as source:
+        source.read("model.norm.weight", (slice(0, 32),), (32,))
+        assert str(saved) in maps.read_text()
+    assert str(saved) not in maps.read_text()
+    assert source.names()
 
 
 def test_missing_extra_and_misshapen_tensors_are_one_error(tmp_path):
@@ -278,10 +282,14 @@ def test_shards_respect_the_limit_and_the_index_is_right(tmp_path):
 
 def test_views_and_strides_are_saved_as_what_they_show(tmp_path):
     base = torch.arange(24.0).reshape(4, 6)
-    save_weights([("left", base[:, :3]), ("right", base[:, 3:]), ("turned", base.T), ("row", base[1])], tmp_path)
+    save_weights(
+        [("left", base[:, :3]), ("right", base[:, 3:]), ("turned", base.T), ("row", base[1]), ("rows", base[1:3])],
+        tmp_path,
+    )
     loaded = load_file(tmp_path / "model.safetensors")
     assert torch.equal(loaded["left"], base[:, :3]) and torch.equal(loaded["right"], base[:, 3:])
     assert torch.equal(loaded["turned"], base.T) and torch.equal(loaded["row"], base[1])
+    assert torch.equal(loaded["rows"], base[1:3])
 
 
 def test_one_shard_at_a_time_is_in_memory(tmp_path):

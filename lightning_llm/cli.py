@@ -1,0 +1,228 @@
+"""The command `lightning-llm`. Nothing imports this file; each command is a thin function over the room that does the work.
+
+Heavy imports happen inside the commands, so that `--help` and a wrong argument answer at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+USAGE_ERROR = 2
+INTERRUPTED = 130  # the shell's code for an end by Ctrl-C
+
+TRAINER_COMMANDS = {
+    "fit": "train a model as a YAML file says",
+    "validate": "measure the validation loss of a checkpoint",
+    "test": "run the test loop on a checkpoint",
+    "predict": "run the predict loop on a checkpoint",
+}
+
+
+def tokenize(
+    *,
+    input: list[str],
+    output: str,
+    tokenizer: str | None = None,
+    vocab_size: int = 4096,
+    val_fraction: float = 0.05,
+    num_workers: int | None = None,
+    text_key: str = "text",
+    exclude: list[str] | None = None,
+    end_of_text: str | None = None,
+) -> None:
+    """Turn text into packed tokens that TokenDataModule reads.
+
+    Args:
+        input: Files and folders with text: .txt, .md, .py, ... each file a document; .jsonl each line one.
+        output: The folder to make; the same call again finds it and does nothing.
+        tokenizer: A tokenizer.json or a folder with one; without it a byte-level BPE is trained on the text.
+        vocab_size: Tokens of the trained tokenizer.
+        val_fraction: Share of the text held out for validation.
+        num_workers: Processes; by default one per core.
+        text_key: The key that holds the text in JSON lines.
+        exclude: Glob patterns of files and folders to leave out.
+        end_of_text: The token that ends a document; by default the tokenizer's own.
+    """
+    from lightning_llm.data.tokenize import tokenize as run
+
+    corpus = run(
+        input,
+        output,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        val_fraction=val_fraction,
+        num_workers=num_workers,
+        text_key=text_key,
+        exclude=exclude or (),
+        end_of_text=end_of_text,
+    )
+    print(
+        f"{corpus.path}: {corpus.train.tokens:,} tokens to train on, {corpus.val.tokens:,} held out, from {corpus.files:,} "
+        f"files; vocabulary {corpus.vocab_size:,}{' (found finished, reused)' if corpus.reused else ''}"
+    )
+
+
+def export(checkpoint: str, output: str, *, dtype: str | None = None, max_shard_size: str = "5GB") -> None:
+    """Write a checkpoint as a Hugging Face folder (safetensors, config.json, tokenizer).
+
+    Args:
+        checkpoint: The folder that the run saved.
+        output: The folder to write.
+        dtype: float32, bfloat16, ...; by default what was trained.
+        max_shard_size: Largest file, for example 5GB.
+    """
+    from lightning_llm.checkpoint.export import export as run
+
+    folder = run(checkpoint, output, dtype=dtype, max_shard_size=max_shard_size)
+    print(f"{folder}: loads in transformers and in lightning_llm.Decoder.from_pretrained")
+
+
+def generate(
+    model: str,
+    *,
+    prompt: str,
+    max_tokens: int = 100,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Let a model continue a text, on the terminal, token by token.
+
+    Args:
+        model: A Hugging Face folder with a tokenizer.json.
+        prompt: The text to continue.
+        max_tokens: The most tokens to write.
+        temperature: 0 takes the likeliest token each time; higher is more varied.
+        top_p: Draw from the likeliest tokens that make up this much probability.
+        seed: Makes a draw repeatable.
+        dtype: float32, bfloat16, ...; by default what the folder says.
+    """
+    import torch
+
+    from lightning_llm.data.tokenizer import load_tokenizer
+    from lightning_llm.errors import ConfigurationError
+    from lightning_llm.models.decoder import Decoder
+    from lightning_llm.models.generation import generate as run
+
+    folder = Path(model)
+    if (folder / ".metadata").is_file():
+        raise ConfigurationError(f"{folder} is a checkpoint. Export it first: lightning-llm export {folder} OUT")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    decoder = Decoder.from_pretrained(folder, dtype=dtype, device=device)
+    tokenizer = load_tokenizer(folder)
+    eos = decoder.config.eos_token_id
+    ends = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+    tokens = run(
+        decoder,
+        tokenizer.encode(prompt).ids,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        eos_token_ids=ends,
+    )
+    # Written so far is kept apart from the rest: a token may be half a character, which must wait for its other half.
+    ids: list[int] = []
+    written = ""
+    print(prompt, end="", flush=True)
+    for token in tokens:
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            print(text[len(written) :], end="", flush=True)
+            written = text
+    print()
+
+
+def doctor(*, json: bool = False) -> int:
+    """Tell what this machine offers, and what is missing for what.
+
+    Args:
+        json: Print JSON instead of a table.
+    """
+    from lightning_llm.doctor import collect, render, to_json
+
+    findings = collect()
+    if json:
+        print(to_json(findings))
+    else:
+        render(findings)
+    return int(any(finding.status == "problem" for finding in findings))
+
+
+COMMANDS: dict[str, Callable[..., int | None]] = {
+    command.__name__: command for command in (tokenize, export, generate, doctor)
+}
+
+
+def usage() -> str:
+    """The list of commands."""
+    lines = ["usage: lightning-llm COMMAND [arguments]    (lightning-llm COMMAND --help tells more)", ""]
+    lines += [f"  {name:<10} {text}" for name, text in TRAINER_COMMANDS.items()]
+    lines += [f"  {name:<10} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Runs the command in sys.argv; returns its exit code: 0 done, 2 wrong arguments or settings, 130 interrupted."""
+    argv = sys.argv[1:]
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    name = argv[0]
+    if name not in TRAINER_COMMANDS and name not in COMMANDS:
+        print(f"lightning-llm: there is no command {name!r}\n\n{usage()}", file=sys.stderr)
+        return USAGE_ERROR
+    try:
+        from lightning_llm.errors import ConfigurationError
+
+        try:
+            return _run_trainer() if name in TRAINER_COMMANDS else _run_function(name, argv[1:])
+        except ConfigurationError as error:
+            return _refuse(error)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _refuse(error: Exception) -> int:
+    print(f"lightning-llm: {error}", file=sys.stderr)
+    return USAGE_ERROR
+
+
+def _run_function(name: str, arguments: list[str]) -> int:
+    from lightning_llm.arguments import parser_of
+
+    command = COMMANDS[name]
+    return command(**vars(parser_of(command).parse_args(arguments))) or 0
+
+
+def _run_trainer() -> int:
+    """LightningCLI, with our module and data. It reads sys.argv itself, as the processes that it launches do."""
+    from lightning.pytorch.cli import LightningCLI
+
+    from lightning_llm import LLMModule, TokenDataModule
+
+    for chatty in ("seed", "distributed"):  # a line from every rank
+        logging.getLogger(f"lightning.fabric.utilities.{chatty}").setLevel(logging.WARNING)
+    LightningCLI(
+        LLMModule,
+        TokenDataModule,
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=0,
+        trainer_defaults={"strategy": "llm3d"},
+        parser_kwargs={"prog": "lightning-llm"},
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
