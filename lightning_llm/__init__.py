@@ -3,20 +3,9 @@
 Importing this package registers the strategy `"llm3d"` and its presets with Lightning.
 """
 
-import warnings
+from lightning_llm import _environment  # noqa: F401, I001  it explains what would break the imports below
 
-# Lightning 2.6 asks torch's pytree in a way that torch has deprecated; every rank would print it.
-warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
-
-try:
-    from lightning.pytorch.strategies import StrategyRegistry
-except RuntimeError as error:
-    if "torchvision" not in str(error):
-        raise
-    raise ImportError(
-        "The torchvision that is installed does not fit this build of torch, and Lightning's torchmetrics imports it. "
-        "Nothing here needs it: pip uninstall torchvision"
-    ) from error
+from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_llm.data.module import TokenDataModule
 from lightning_llm.errors import ConfigurationError

@@ -18,8 +18,8 @@ def parser_of(command: Callable[..., Any]) -> argparse.ArgumentParser:
     """A parser for `command(**vars(parser.parse_args()))`.
 
     Args:
-        command: Annotated with str, int, float, bool, list[str], or one of these or None. Keyword-only parameters become
-            options, the others are given by their place.
+        command: Annotated with str, int, float, bool, list[str], or one of these or None. Keyword-only parameters
+            become options, the others are given by their place.
     """
     doc = parse(command.__doc__ or "")
     help_of = {parameter.arg_name: parameter.description for parameter in doc.params}

@@ -1,4 +1,4 @@
-"""The command `lightning-llm`. Nothing imports this file; each command is a thin function over the room that does the work.
+"""The command `lightning-llm`: each of its commands is a thin function over the room that does the work.
 
 Heavy imports happen inside the commands, so that `--help` and a wrong argument answer at once.
 """
@@ -61,8 +61,8 @@ def tokenize(
         end_of_text=end_of_text,
     )
     print(
-        f"{corpus.path}: {corpus.train.tokens:,} tokens to train on, {corpus.val.tokens:,} held out, from {corpus.files:,} "
-        f"files; vocabulary {corpus.vocab_size:,}{' (found finished, reused)' if corpus.reused else ''}"
+        f"{corpus.path}: {corpus.train.tokens:,} tokens to train on, {corpus.val.tokens:,} held out, "
+        f"from {corpus.files:,} files; vocabulary {corpus.vocab_size:,}{' (reused)' if corpus.reused else ''}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Settings that must hold before torch is imported: distributed tests fork, and a forked child must not meet OpenMP threads."""
+"""What must hold before torch is imported: distributed tests fork, and a forked child must not meet OpenMP threads."""
 
 import os
 

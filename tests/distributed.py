@@ -23,7 +23,7 @@ import torch.distributed.tensor.parallel  # noqa: F401  imported here once inste
 
 
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout: int = 120) -> list[Any]:
-    """Calls `function(*args)` on `world_size` ranks with a gloo process group; returns what each rank returned, by rank.
+    """Calls `function(*args)` on `world_size` ranks of a gloo process group; returns what each rank returned, by rank.
 
     Results travel through files: return plain data or CPU tensors.
     """

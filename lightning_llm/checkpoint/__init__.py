@@ -1,0 +1,1 @@
+"""The one on-disk format of a run, and its export to Hugging Face's."""

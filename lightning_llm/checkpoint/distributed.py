@@ -34,7 +34,7 @@ _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def model_state(module: nn.Module, aliases: Mapping[str, str]) -> dict[str, Any]:
-    """This rank's weights by global name. `aliases` maps the name of a tied copy to its owner's, so it is stored once."""
+    """This rank's weights by global name. `aliases`: name of a tied copy -> its owner's, so that it is stored once."""
     return _renamed(get_model_state_dict(module), aliases)
 
 
@@ -95,7 +95,8 @@ def load(path: Path, module: nn.Module, optimizers: list[Optimizer], aliases: Ma
     missing = [name for name in tensors["model"] if f"model.{name}" not in stored]
     if missing:
         raise ConfigurationError(
-            f"{path} lacks {len(missing)} tensors of this model, for example {missing[:3]}. Was it saved by another model?"
+            f"{path} lacks {len(missing)} tensors of this model, for example {missing[:3]}: it was "
+            "saved by another one."
         )
     dcp.load(tensors, checkpoint_id=path)
     for index, (optimizer, state) in enumerate(zip(optimizers, states, strict=True)):
@@ -138,8 +139,8 @@ def check(path: Path) -> None:
     for name in (".metadata", TRAINER_STATE):
         if not (path / name).is_file():
             raise ConfigurationError(
-                f"{path} is not a complete checkpoint: {name} is missing. A run that was interrupted while it saved leaves "
-                "such a folder; use the checkpoint before it."
+                f"{path} is not a complete checkpoint: {name} is missing. Use another checkpoint: a run that was "
+                "interrupted while it wrote leaves such a folder."
             )
 
 

@@ -41,14 +41,16 @@ def export(
     source, target = Path(checkpoint), Path(output)
     stored = stored_weights(source)
     if not (source / "config.json").is_file():
-        raise ConfigurationError(f"{source} has no config.json: it was not saved by an LLMModule, so it cannot be exported.")
+        raise ConfigurationError(
+            f"{source} has no config.json: it was not saved by an LLMModule, so it cannot be exported."
+        )
     config = DecoderConfig.load(source)
     expected = config.parameter_shapes()
     wrong = [name for name, shape in expected.items() if name not in stored or stored[name].size != torch.Size(shape)]
     if wrong:
         raise ConfigurationError(
-            f"{source} does not hold the model of its config.json: {len(wrong)} of {len(expected)} tensors are missing or of "
-            f"another shape, for example {wrong[:3]}."
+            f"{source} does not hold the model of its config.json: {len(wrong)} of {len(expected)} tensors are missing "
+            f"or of another shape, for example {wrong[:3]}."
         )
     element = torch_dtype(dtype) if dtype is not None else stored[next(iter(expected))].properties.dtype
     tensors = ((name, tensor.to(element)) for name, tensor in iterate_weights(source) if name in expected)

@@ -20,35 +20,49 @@ def data_coordinates(trainer: Trainer | None) -> tuple[int, int]:
 
 
 def resume_exactly(trainer: Trainer, loader: TokenLoader) -> None:
-    """Make loader and Trainer agree on the place in the data, before the first batch of a resumed run.
+    """Make loader and Trainer agree on where a resumed run goes on: after the last finished optimizer step.
 
-    Two things would otherwise go wrong in silence:
+    Lightning stores the loader's place and its own counts of batches and epochs. Left alone, these go wrong in silence:
 
+    - A run that ended within an epoch (`max_steps`, early stopping, a signal) counts that epoch as done: on resuming,
+      the rest of it would be left out, and as many batches of the next.
+    - A place saved within a batch (by an exception) or within an accumulation counts sequences whose gradients are lost.
+    - With another `accumulate_grad_batches` (or batch size) the count of batches would end the epoch at the wrong place
+      and optimizer steps within an accumulation.
     - A module that reads `trainer.estimated_stepping_batches` in `configure_optimizers` makes Lightning build the
-      loader before it has read the checkpoint's place, which it then never loads (Lightning issue 20550).
-    - Lightning counts batches, the place counts sequences. Resumed with another `accumulate_grad_batches` (or batch
-      size), the old count would end the epoch at the wrong place, and optimizer steps within an accumulation.
+      loader before it has read the place, which it then never loads (Lightning issue 20550).
 
-    Does nothing unless the Trainer is about to go on from a checkpoint.
+    Called when the loader is built, and again before an epoch begins for the last case. Does nothing unless the Trainer
+    is about to go on from a checkpoint.
 
     Raises:
-        ConfigurationError: the checkpoint's place is not at the end of a batch of the present size.
+        ConfigurationError: the place is not at the end of a batch of the present size.
     """
     fit_loop = trainer.fit_loop
-    if not fit_loop.restarting:
+    states = fit_loop._combined_loader_states_to_load if fit_loop.restarting else []
+    if len(states) != 1 or "step_size" not in states[0]:
         return
-    fit_loop._load_combined_loader_states()  # does nothing when they are loaded
-    consumed = loader.sampler.resume_at
+    state, batches = states[0], fit_loop.epoch_loop.batch_progress
+    count: Any = batches.current
+    within_batch = count.ready > count.processed
+    consumed = (state["consumed"] - within_batch) // state["step_size"] * state["step_size"]
     done, rest = divmod(consumed, loader.batch_size)
     if rest:
         raise ConfigurationError(
             f"The checkpoint was saved after {consumed} sequences of its epoch, which is not at the end of a batch: "
-            f"{consumed} / {loader.batch_size} sequences per batch leaves {rest}. Resume with the batch_size and "
-            "accumulate_grad_batches that it was saved with."
+            f"{consumed} / {loader.batch_size} sequences per batch leaves {rest}. Resume with the batch_size that it was "
+            "saved with."
         )
-    count: Any = fit_loop.epoch_loop.batch_progress.current
-    if done == 0 or count.ready in (0, done):
-        return  # at the start of an epoch, or with batches of the same size
-    unfinished = count.ready - count.completed  # 1 when it was saved at the end of a batch, within its hooks
-    count.ready = count.started = count.processed = done
-    count.completed = done - unfinished
+    if count.ready and (count.ready, state["consumed"]) != (done, consumed):
+        # One less completed when it was saved by the hooks at the end of a batch: Lightning will complete that batch.
+        unfinished = 0 if within_batch else count.processed - count.completed
+        count.ready = count.started = count.processed = done
+        count.completed = done - unfinished
+    epochs: Any = fit_loop.epoch_progress
+    if count.ready and epochs.current.processed == state["epoch"] + 1 and not batches.is_last_batch:
+        for counter in (epochs.total, epochs.current):
+            counter.processed -= 1
+            counter.completed = min(counter.completed, counter.processed)
+        fit_loop.update_restart_stage()
+    states[0] = state | {"consumed": consumed}
+    fit_loop._load_combined_loader_states()  # where Lightning has missed it; else it does this itself, a little later

@@ -63,12 +63,12 @@ class _Position:
         self.epoch = 0
         self.consumed = 0
         self.resume_at = 0  # where the next pass starts; not 0 only right after a state was loaded
-        self.before_epoch: Callable[[], None] | None = None
+        self.before_epoch: Callable[[int], int] | None = None  # may correct the epoch
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of an epoch; stays where it is when that epoch is the present one."""
         if self.before_epoch is not None:
-            self.before_epoch()
+            epoch = self.before_epoch(epoch)
         if epoch != self.epoch:
             self.epoch, self.consumed, self.resume_at = epoch, 0, 0
 
@@ -163,7 +163,8 @@ class TokenLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """The position, the same on every rank and for every layout: JSON types only."""
-        return {"epoch": self.sampler.epoch, "consumed": self.sampler.consumed, **self.identity}
+        position = {"epoch": self.sampler.epoch, "consumed": self.sampler.consumed}
+        return position | {"step_size": self.step_size or self.batch_size} | self.identity
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where another loader was, whatever its ranks, batch size and workers were.

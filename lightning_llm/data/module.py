@@ -138,9 +138,14 @@ class TokenDataModule(LightningDataModule):
     def train_dataloader(self) -> TokenLoader:
         loader = self._loader("train")
         if self.trainer is not None:
-            # The Trainer sets the epoch last of all before it asks for batches.
-            loader.sampler.before_epoch = partial(resume_exactly, self.trainer, loader)
+            resume_exactly(self.trainer, loader)
+            loader.sampler.before_epoch = partial(self._before_epoch, loader)
         return loader
+
+    def _before_epoch(self, loader: TokenLoader, epoch: int) -> int:
+        """What Lightning does last before it asks for batches; the epoch to be in, corrected where it resumes."""
+        resume_exactly(self.trainer, loader)
+        return self.trainer.current_epoch
 
     @override
     def val_dataloader(self) -> TokenLoader | list[Any]:

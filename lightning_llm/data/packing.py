@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from lightning_llm.data._litdata import optimize_environment, optimize_tokens
 from lightning_llm.data.corpus import Chunk, Split
@@ -28,6 +32,12 @@ from lightning_llm.data.documents import Piece, SourceFile, read_texts
 from lightning_llm.data.tokenizer import load_tokenizer
 from lightning_llm.errors import ConfigurationError
 
+# Starts the packing process without the package's own __init__, which imports Lightning: seconds that it does not need.
+_PACKAGE = Path(__file__).parent.parent
+_START = (
+    "import sys, types; package = types.ModuleType('lightning_llm'); package.__path__ = [sys.argv[1]]; "
+    "sys.modules['lightning_llm'] = package; from lightning_llm.data.packing import main; main(sys.argv[2])"
+)
 _RECORD = "\x1e"  # starts a line that is ours; every other line is somebody's chatter
 _TAIL_LINES = 30
 _LARGEST_SHORT_ID = 1 << 16
@@ -95,7 +105,7 @@ def pack(job: Job, scratch: Path, on_bytes: Callable[[int], None], keep_open: in
         "OMP_NUM_THREADS": "1",
     }
     process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "lightning_llm.data.packing", str(job_file)],
+        [sys.executable, "-W", "ignore", "-c", _START, str(_PACKAGE), str(job_file)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -105,40 +115,57 @@ def pack(job: Job, scratch: Path, on_bytes: Callable[[int], None], keep_open: in
     )
     counts = {name: [0, 0] for name in job.shards}  # documents, bytes of text
     chunks: dict[str, tuple[Chunk, ...]] = {}
-    problem: str | None = None
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
     try:
-        assert process.stdout is not None
-        for raw in process.stdout:
-            line = raw.decode("utf-8", "replace").rstrip("\n")
+        for line in _lines(process):
             if not line.startswith(_RECORD):
                 tail.append(line)
                 continue
             record = json.loads(line[1:])
             if "error" in record:
-                problem = problem or record["error"]
-            elif "chunks" in record:
+                raise ConfigurationError(record["error"])
+            if "failure" in record:
+                raise RuntimeError(f"Tokenising failed:\n{record['failure']}")
+            if "chunks" in record:
                 chunks[record["split"]] = tuple(Chunk(**chunk) for chunk in record["chunks"])
+                if chunks.keys() == job.shards.keys():
+                    return {name: Split(counts[name][0], counts[name][1], chunks[name]) for name in job.shards}
             else:
                 count = counts[record["split"]]
                 count[0] += record["documents"]
                 count[1] += record["text_bytes"]
                 on_bytes(record["text_bytes"])
-        process.wait()
     finally:
         _end(process)
-    if problem is not None:
-        raise ConfigurationError(problem)
-    if process.returncode != 0 or chunks.keys() != job.shards.keys():
-        raise RuntimeError(
-            f"Tokenising ended with exit code {process.returncode}. The last that it printed:\n" + "\n".join(tail)
-        )
-    return {name: Split(counts[name][0], counts[name][1], chunks[name]) for name in job.shards}
+    raise RuntimeError(
+        f"Tokenising ended early, with exit code {process.returncode}. The last that it printed:\n" + "\n".join(tail)
+    )
+
+
+def _lines(process: subprocess.Popen[bytes]) -> Iterator[str]:
+    """What the process and its workers print, line by line, until it ends."""
+    assert process.stdout is not None
+    descriptor, rest = process.stdout.fileno(), b""
+    while True:
+        # Not until the stream ends: when the process is killed, helpers that litdata's workers started hold it open.
+        ended = psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE
+        if not select.select([descriptor], [], [], 0.0 if ended else 0.5)[0]:
+            if ended:
+                return
+            continue
+        data = os.read(descriptor, 1 << 16)
+        if not data:
+            return
+        *lines, rest = (rest + data).split(b"\n")
+        yield from (line.decode("utf-8", "replace") for line in lines)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the process and its workers, however far they are."""
-    if process.poll() is None:
+    """End the process and its workers, however far they are. Must come before anything that waits for the process.
+
+    litdata cannot be asked: when a worker fails, its other processes wait for each other for ever.
+    """
+    with suppress(ProcessLookupError, PermissionError):  # macOS says the latter of a group that has ended
         os.killpg(process.pid, signal.SIGKILL)  # it leads its own session and so its own group
     process.wait()
     for stream in (process.stdin, process.stdout):
@@ -192,15 +219,18 @@ class ShardTokens:
 
     def __call__(self, shard: int) -> np.ndarray:
         """Token ids of a shard, in the smallest type that holds the vocabulary."""
-        if self._job is None:
-            self._job = Job.load(self.job_file)
-            self._tokenizer = load_tokenizer(self._job.tokenizer)
-            # A document that spells "<|endoftext|>" holds these characters, not the end of a document.
-            self._tokenizer.encode_special_tokens = True
         try:
+            if self._job is None:
+                self._job = Job.load(self.job_file)
+                self._tokenizer = load_tokenizer(self._job.tokenizer)
+                # A document that spells "<|endoftext|>" holds these characters, not the end of a document.
+                self._tokenizer.encode_special_tokens = True
             return self._tokens(self._job, self._job.shards[self.split][shard])
         except ConfigurationError as error:
             _send(error=str(error))
+            raise
+        except Exception:
+            _send(failure=traceback.format_exc())
             raise
 
     def _tokens(self, job: Job, pieces: list[Piece]) -> np.ndarray:
@@ -218,10 +248,3 @@ class ShardTokens:
             _send(split=self.split, documents=documents, text_bytes=piece.size)
         tokens = np.concatenate(parts) if parts else end_of_text
         return tokens if len(tokens) else end_of_text  # a chunk must not be empty
-
-
-if __name__ == "__main__":
-    # Through the package, so that workers find ShardTokens by its own name and not in `__main__`.
-    from lightning_llm.data import packing
-
-    packing.main(sys.argv[1])

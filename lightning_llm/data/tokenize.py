@@ -79,6 +79,8 @@ def tokenize(
     progress_bar = Progress(progress)
     workers = _check_options(vocab_size, val_fraction, num_workers)
     import_litdata()
+    if "://" in str(output):
+        raise ConfigurationError(f"Output {output} is a URL; tokenise into a local folder.")
     output = Path(output)
     target, staging = _places(output)
     inputs = [input] if isinstance(input, (str, Path)) else list(input)
@@ -152,8 +154,6 @@ def _usable_cores() -> int:
 
 def _places(output: Path) -> tuple[Path, Path]:
     """The real folder to make, and the folder beside it to work in (one file system, so that a rename is atomic)."""
-    if "://" in str(output):
-        raise ConfigurationError(f"Output {output} is a URL; tokenise into a local folder.")
     target = output.resolve()
     if target.exists() and not target.is_dir():
         raise ConfigurationError(f"Output {output} is a file. Give a folder.")

@@ -1,8 +1,8 @@
 """`LLMModule`: a decoder as a LightningModule. What users hand to the Trainer; strategies ask it for its seams.
 
 The seams, all optional for a module of your own: `build_model()` (checked on the meta device before anything starts),
-`weight_source()` (fills a model that was built on the meta device), `loss()`, `loss_denominator()` and `forward_loss()` (what a
-pipeline schedules), `write_assets()` (files that a checkpoint carries along).
+`weight_source()` (fills a model that was built on the meta device), `check(datamodule)`, `loss()`, `loss_denominator()` and
+`forward_loss()` (what a pipeline schedules), `write_assets()` (files that a checkpoint carries along).
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class LLMModule(LightningModule):
     marks positions that do not count. Logs `train_loss`, `val_loss`, `grad_norm` (nats per token; Euclidean norm).
 
     Args:
-        model: A preset ("tiny", "llama3-8b", ...), a `DecoderConfig`, or a Hugging Face folder whose weights are loaded.
+        model: A preset ("tiny", "llama3-8b", ...), a `DecoderConfig`, or a Hugging Face folder whose weights are
+            loaded.
         vocab_size: Overrides the preset's vocabulary, for a tokenizer of another size.
         learning_rate: Peak learning rate.
         weight_decay: Decoupled weight decay of matrices; norms and biases have none.
@@ -111,8 +112,7 @@ class LLMModule(LightningModule):
         if self.folder is None:
             return RandomInit(self.config, self.seed)
         source = SafetensorsSource(self.folder)
-        with torch.device("meta"):
-            check_names({name: tuple(p.shape) for name, p in self.build_model().named_parameters()}, source)
+        check_names(self.config.parameter_shapes(), source)
         return source
 
     def configure_model(self) -> None:
@@ -125,8 +125,16 @@ class LLMModule(LightningModule):
             load_weights(self.model, self.weight_source())
 
     def setup(self, stage: str) -> None:
-        """Refuses data whose token ids the model has no embedding for."""
-        needed = getattr(self.trainer.datamodule, "vocab_size", None)
+        """Checks the data against the model, for strategies that did not before they started processes."""
+        self.check(getattr(self.trainer, "datamodule", None))
+
+    def check(self, datamodule: Any) -> None:
+        """Refuses data whose token ids the model has no embedding for.
+
+        Raises:
+            ConfigurationError: with both sizes.
+        """
+        needed = getattr(datamodule, "vocab_size", None)
         if needed is not None and needed > self.config.vocab_size:
             raise ConfigurationError(
                 f"The data's tokenizer has {needed} tokens, but the model's vocab_size is {self.config.vocab_size}. "
@@ -159,8 +167,8 @@ class LLMModule(LightningModule):
     def loss_denominator(self, labels: Tensor) -> Tensor:
         """Labels that count, averaged over the data ranks.
 
-        Summed losses divided by it, averaged over the data ranks as every strategy averages gradients, are the mean over all
-        tokens of the global batch, however unevenly those are spread over ranks and microbatches.
+        Summed losses divided by it, averaged over the data ranks as every strategy averages gradients, are the mean
+        over all tokens of the global batch, however unevenly those are spread over ranks and microbatches.
         """
         count = (labels != IGNORED).sum().to(torch.get_default_dtype())
         return self.trainer.strategy.reduce(count, reduce_op="mean").clamp(min=torch.finfo(count.dtype).tiny)
@@ -195,7 +203,7 @@ class LLMModule(LightningModule):
 
     # -- optimization -------------------------------------------------------------------------------------------------
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """AdamW with decay on matrices only, and the schedule per optimizer step."""
         matrices = [p for p in self.parameters() if p.requires_grad and p.ndim >= 2]
         vectors = [p for p in self.parameters() if p.requires_grad and p.ndim < 2]
@@ -218,12 +226,14 @@ class LLMModule(LightningModule):
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def _total_steps(self) -> int:
-        """Optimizer steps of the run. Not `trainer.estimated_stepping_batches`: reading it drops a resumed loader's position
-        (Lightning issue 20550)."""
+        """Optimizer steps of the run.
+
+        Not `trainer.estimated_stepping_batches`: reading it drops a resumed loader's position (Lightning issue 20550).
+        """
         trainer = self.trainer
         if trainer.max_steps > 0:
             return trainer.max_steps
-        steps_per_epoch = getattr(trainer.datamodule, "steps_per_epoch", None)
+        steps_per_epoch = getattr(getattr(trainer, "datamodule", None), "steps_per_epoch", None)
         if steps_per_epoch and trainer.max_epochs and trainer.max_epochs > 0:
             return steps_per_epoch * trainer.max_epochs
         if self.schedule != "constant":
@@ -278,7 +288,7 @@ def resolve_config(model: str | DecoderConfig, vocab_size: int | None = None) ->
             raise ConfigurationError(
                 f"vocab_size={vocab_size}, but the weights in {model} are for {config.vocab_size} tokens. Leave it out."
             )
-        config = DecoderConfig.from_dict({**config.to_dict(), "vocab_size": vocab_size})
+        config = config.replace(vocab_size=vocab_size)
     return config
 
 

@@ -60,8 +60,8 @@ class ProcessLauncher(_SubprocessScriptLauncher):
 def die_with_launcher() -> None:
     """In a process that `ProcessLauncher` started: asks the kernel to end this process when the launching one ends.
 
-    Covers even `kill -9` of the launching process, after which nothing could clean up. Linux only; elsewhere peers notice by
-    their closed connections.
+    Covers even `kill -9` of the launching process, after which nothing could clean up. Linux only; elsewhere peers
+    notice by their closed connections.
     """
     parent = os.environ.get(PARENT_VARIABLE)
     if parent is None or int(parent) == os.getpid() or not sys.platform.startswith("linux"):

@@ -5,9 +5,6 @@ This file is the lifecycle only. Each axis is a free function in a file of its o
 
 from __future__ import annotations
 
-import os
-import sys
-import zlib
 from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -17,48 +14,45 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.distributed import (
-    _distributed_is_initialized,
-    _get_default_process_group_backend_for_device,
-    _init_dist_connection,
-    _sync_ddp_if_available,
-)
-from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
-from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
 from lightning_llm.checkpoint import distributed as checkpoint_format
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.models.weights import load_weights
-from lightning_llm.strategies.launcher import ProcessLauncher, die_with_launcher, first_to_fail
-from lightning_llm.strategies.mesh import Meshes, ParallelDims, Size, recommended_sizes
-from lightning_llm.strategies.optimization import LLMPrecision, PipelineOptimization, align_gradients, gradient_norm
+from lightning_llm.strategies.checks import check_plan
+from lightning_llm.strategies.mesh import Size
+from lightning_llm.strategies.optimization import (
+    LLMPrecision,
+    PipelineOptimization,
+    align_gradients,
+    gradient_norm,
+)
 from lightning_llm.strategies.pipeline import (
     AliasedSource,
     Pipeline,
     add_tied_gradients,
-    choose_microbatches,
     ends_group,
     keep_stage,
 )
-from lightning_llm.strategies.plan import ParallelPlan, plan_of
+from lightning_llm.strategies.plan import ParallelPlan
+from lightning_llm.strategies.processes import ProcessGrid
 from lightning_llm.strategies.sharding import apply_sharding, local_shard, shard_without_plan
 from lightning_llm.strategies.tensor import apply_tensor_parallel, logits_context, retie, to_plain
 
 
-class LLM3DStrategy(ParallelStrategy):
+class LLM3DStrategy(ProcessGrid):
     """Trains any LightningModule in data, tensor and pipeline parallelism, on FSDP2 and DTensor.
 
-    The module's `model` is cut as its `ParallelPlan` says; a module without a plan trains under sharded data parallelism.
-    Every size is a number of ranks or "auto"; together they multiply to the number of processes. Logging, validation,
-    callbacks, clipping and accumulation behave as under any Lightning strategy: all ranks see the same loss.
+    The module's `model` is cut as its `ParallelPlan` says; a module without a plan trains under sharded data
+    parallelism. Every size is a number of ranks or "auto"; together they multiply to the number of processes.
+    Logging, validation, callbacks, clipping and accumulation behave as under any Lightning strategy: all ranks see
+    the same loss.
 
     Args:
         data_parallel_size: Ranks with different samples; "auto" takes what the other axes leave.
@@ -88,166 +82,23 @@ class LLM3DStrategy(ParallelStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta = default_pg_timeout,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            data_parallel_size=data_parallel_size,
+            tensor_parallel_size=tensor_parallel_size,
+            pipeline_parallel_size=pipeline_parallel_size,
+            replicate_size=replicate_size,
+            microbatches=microbatches,
+            sequence_parallel=sequence_parallel,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
         if zero_stage not in (2, 3):
             raise ConfigurationError(f"zero_stage={zero_stage!r} must be 2 or 3.")
-        self.data_parallel_size = data_parallel_size
-        self.tensor_parallel_size = tensor_parallel_size
-        self.pipeline_parallel_size = pipeline_parallel_size
-        self.replicate_size = replicate_size
         self.zero_stage = zero_stage
-        self.microbatches = microbatches
-        self.sequence_parallel = sequence_parallel
-        self.process_group_backend = process_group_backend
-        self.timeout = timeout
-        self.num_nodes = 1
-        self.dims: ParallelDims | None = None
         self.plan: ParallelPlan | None = None
         self.pipeline: Pipeline | None = None
-        self._meshes: Meshes | None = None
         self._tied_group: dist.ProcessGroup | None = None
         self._parallelized: nn.Module | None = None
-        self._batch_compared = False
-
-    # -- processes ----------------------------------------------------------------------------------------------------
-
-    @property
-    def root_device(self) -> torch.device:
-        """Device of this rank."""
-        assert self.parallel_devices is not None
-        return self.parallel_devices[self.local_rank]
-
-    @property
-    def num_processes(self) -> int:
-        """Processes on this node."""
-        return len(self.parallel_devices or ())
-
-    @property
-    def is_distributed(self) -> bool:
-        """Tells Lightning to give plain DataLoaders a DistributedSampler."""
-        return True
-
-    @property
-    def meshes(self) -> Meshes:
-        """Process groups of every axis, once the processes are connected."""
-        if self._meshes is None:
-            raise RuntimeError("The meshes exist once the processes are connected: from LightningModule.setup() on.")
-        return self._meshes
-
-    @property
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Data coordinates for samplers: ranks that share a sample's work get the same `rank`."""
-        dims = self.meshes.dims
-        return {"num_replicas": dims.data_parallel_size, "rank": dims.data_rank(self.global_rank)}
-
-    def _configure_launcher(self) -> None:
-        assert self.cluster_environment is not None
-        die_with_launcher()
-        if "auto" not in (self.tensor_parallel_size, self.pipeline_parallel_size):
-            self._resolve_dims(None)
-        if not self.cluster_environment.creates_processes_externally:
-            self._launcher = ProcessLauncher(
-                self.cluster_environment, self.num_processes, self.num_nodes, self._check_before_launch
-            )
-
-    def _check_before_launch(self, trainer: pl.Trainer, *arguments: Any, **_: Any) -> None:
-        """Finds what cannot work while there is one process only: nothing has to be torn down, one message is shown."""
-        datamodules = [a for a in (*arguments, trainer.datamodule) if isinstance(a, pl.LightningDataModule)]
-        self._check(trainer, next(iter(datamodules), None))
-
-    def _check(self, trainer: pl.Trainer, datamodule: pl.LightningDataModule | None) -> None:
-        build_model = getattr(self.lightning_module, "build_model", None)
-        model = getattr(self.lightning_module, "model", None)
-        if not isinstance(model, nn.Module) and build_model is not None:
-            with torch.device("meta"):
-                model = build_model()
-        dims = self._resolve_dims(model)
-        if isinstance(model, nn.Module) and self._parallelized is None:
-            self._plan_for(model, dims)
-        if datamodule is not None and hasattr(datamodule, "check"):
-            datamodule.check(dims.data_parallel_size, trainer.accumulate_grad_batches)
-            self._check_batch(datamodule, dims, trainer.accumulate_grad_batches)
-
-    def _resolve_dims(self, model: nn.Module | None) -> ParallelDims:
-        tensor, pipeline = self.tensor_parallel_size, self.pipeline_parallel_size
-        world_size = self.num_nodes * self.num_processes
-        if "auto" in (tensor, pipeline):
-            plan = plan_of(model) if model is not None else None
-            wanted = (1, 1)
-            if model is not None and plan is not None:
-                wanted = recommended_sizes(
-                    sum(parameter.numel() for parameter in model.parameters()),
-                    world_size,
-                    self.num_processes,
-                    tensor_divides=plan.tensor_divides.values(),
-                    num_units=len(list(model.get_submodule(plan.pipeline_units).children())),
-                )
-            tensor = wanted[0] if tensor == "auto" else tensor
-            pipeline = wanted[1] if pipeline == "auto" else pipeline
-        if self.dims is None:
-            self.dims = ParallelDims.resolve(
-                world_size,
-                data_parallel_size=self.data_parallel_size,
-                replicate_size=self.replicate_size,
-                tensor_parallel_size=tensor,
-                pipeline_parallel_size=pipeline,
-            )
-        return self.dims
-
-    def _plan_for(self, model: nn.Module, dims: ParallelDims) -> ParallelPlan | None:
-        plan = plan_of(model)
-        if plan is None and dims.model_parallel_size > 1:
-            raise ConfigurationError(
-                f"{dims.arithmetic()}: tensor and pipeline parallelism need a plan, and {type(model).__name__} has none. "
-                "Give it a method `parallel_plan()` that returns a lightning_llm.strategies.plan.ParallelPlan, or train with "
-                "data parallelism alone."
-            )
-        if plan is not None:
-            plan.check(
-                model,
-                tensor_parallel_size=dims.tensor_parallel_size,
-                pipeline_parallel_size=dims.pipeline_parallel_size,
-            )
-        return plan
-
-    def _check_batch(self, datamodule: Any, dims: ParallelDims, accumulate: int) -> None:
-        batch_size, seq_len = (getattr(datamodule, name, None) for name in ("batch_size", "seq_len"))
-        if batch_size is not None and dims.pipeline_parallel_size > 1:
-            local = batch_size // (dims.data_parallel_size * accumulate)
-            choose_microbatches(self.microbatches, local, dims.pipeline_parallel_size)
-        if seq_len is not None:
-            self._check_sequence(seq_len, dims)
-
-    def _check_sequence(self, seq_len: int, dims: ParallelDims) -> None:
-        if self.sequence_parallel and seq_len % dims.tensor_parallel_size:
-            raise ConfigurationError(
-                f"sequence length({seq_len}) is not divisible by tensor_parallel_size({dims.tensor_parallel_size}), which "
-                "sequence parallelism needs. Change the sequence length, or set sequence_parallel to false."
-            )
-
-    def setup_environment(self) -> None:
-        """Connects the processes and cuts the meshes. Every rank calls it; a second call does nothing."""
-        super().setup_environment()
-        if self._meshes is not None:
-            return
-        assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
-        self._check(trainer, trainer.datamodule)
-        reset_seed()
-        self._set_world_ranks()
-        assert self.cluster_environment is not None
-        backend = self.process_group_backend or _get_default_process_group_backend_for_device(self.root_device)
-        device_id = self.root_device if self.root_device.type != "cpu" else None
-        _init_dist_connection(self.cluster_environment, backend, timeout=self.timeout, device_id=device_id)
-        assert self.dims is not None
-        self._meshes = self.dims.build(self.root_device.type)
-        rank_zero_info(self.dims.draw())
-
-    def _set_world_ranks(self) -> None:
-        assert self.cluster_environment is not None
-        self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
-        self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
-        rank_zero_only.rank = fabric_rank_zero_only.rank = self.global_rank
 
     # -- the model ----------------------------------------------------------------------------------------------------
 
@@ -272,14 +123,19 @@ class LLM3DStrategy(ParallelStrategy):
         if self.pipeline is not None:
             PipelineOptimization.install(trainer)
         # Inference tensors cannot be gathered into again by FSDP nor be received into by a pipeline.
-        for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+        for loop in (
+            trainer.fit_loop.epoch_loop.val_loop,
+            trainer.validate_loop,
+            trainer.test_loop,
+            trainer.predict_loop,
+        ):
             loop.inference_mode = False
 
     def _parallelize(self, module: pl.LightningModule) -> None:
         """The one order: split stages -> tensor -> shard -> materialise -> weights."""
         dims, meshes = self.meshes.dims, self.meshes
         model = getattr(module, "model", None)
-        plan = self.plan = self._plan_for(model, dims) if isinstance(model, nn.Module) else self._plan_for(module, dims)
+        plan = self.plan = check_plan(model if isinstance(model, nn.Module) else module, dims)
         target = module if plan is None else model
         assert isinstance(target, nn.Module)
         self.precision_plugin.convert_module(target)
@@ -296,8 +152,7 @@ class LLM3DStrategy(ParallelStrategy):
             if plan is None:
                 shard_without_plan(target, meshes.sharding, reshard_after_forward=reshard)
             else:
-                units = list(target.get_submodule(plan.pipeline_units).children()) if plan.pipeline_units else []
-                apply_sharding(target, units, meshes.sharding, reshard_after_forward=reshard)
+                apply_sharding(target, plan.units(target), meshes.sharding, reshard_after_forward=reshard)
         if built:
             target.to(self.root_device)
         else:
@@ -321,8 +176,8 @@ class LLM3DStrategy(ParallelStrategy):
         weight_source = getattr(module, "weight_source", None)
         if weight_source is None:
             raise ConfigurationError(
-                f"{type(module).__name__} built its model on the meta device but has no weight_source() to fill it from. "
-                "Build it with real tensors, or add the method (see lightning_llm.LLMModule)."
+                f"{type(module).__name__} built its model on the meta device but has no weight_source() to fill it "
+                "from. Build it with real tensors, or add the method (see lightning_llm.LLMModule)."
             )
         model.to_empty(device=self.root_device)
         source = weight_source()
@@ -359,7 +214,7 @@ class LLM3DStrategy(ParallelStrategy):
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """The module's predict step; outputs that are split over ranks are put together."""
-        return torch.utils._pytree.tree_map(to_plain, super().predict_step(*args, **kwargs))
+        return tree_map(to_plain, super().predict_step(*args, **kwargs))
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Backward and its hooks; after a pipeline's schedule the hooks alone."""
@@ -387,35 +242,8 @@ class LLM3DStrategy(ParallelStrategy):
         )
         return loss * parts
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Before the first step: are all ranks of a data coordinate handed the same samples?"""
-        if not self._batch_compared:
-            self._compare_batches(batch)
-            self._batch_compared = True
-
-    def _compare_batches(self, batch: Any) -> None:
-        dims = self.meshes.dims
-        tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
-        if isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), Tensor):
-            self._check_sequence(batch["input_ids"].shape[1], dims)
-        digest = zlib.crc32(b"".join(tensor.detach().cpu().contiguous().view(-1).numpy().tobytes() for tensor in tensors))
-        digests: list[Any] = [None] * dims.world_size
-        dist.all_gather_object(digests, digest)
-        for rank in range(dims.world_size):
-            first = next(r for r in range(dims.world_size) if dims.data_rank(r) == dims.data_rank(rank))
-            if digests[rank] != digests[first]:
-                raise ConfigurationError(
-                    f"Ranks {first} and {rank} work on the same samples (data coordinate {dims.data_rank(rank)}) but were "
-                    "handed different batches. The loader must shard by trainer.distributed_sampler_kwargs, not by the world "
-                    "rank, and shuffle with the same seed on all ranks (lightning_llm.TokenDataModule does)."
-                )
-        if dims.data_parallel_size > 1 and len(set(digests)) == 1:
-            rank_zero_warn(
-                "All data ranks were handed the same batch: they do the same work. Shard the loader by "
-                "trainer.distributed_sampler_kwargs."
-            )
-
-    # -- optimization ---------------------------------------------------------------------------------------------------
+    # -- optimization
+    # ---------------------------------------------------------------------------------------------------
 
     @property
     def precision_plugin(self) -> Precision:
@@ -439,35 +267,20 @@ class LLM3DStrategy(ParallelStrategy):
         """Euclidean norm of all gradients over every axis, equal on all ranks."""
         assert self.lightning_module is not None
         copies: set[int] = set()
-        if self.pipeline is not None and self.plan is not None and self._tied_group is not None and not self.pipeline.is_first:
+        if (
+            self.pipeline is not None
+            and self.plan is not None
+            and self._tied_group is not None
+            and not self.pipeline.is_first
+        ):
             named = dict(self.pipeline.module.named_parameters())
             copies = {id(named[copy]) for _, copy in self.plan.tied if copy in named}
         parameters = [p for p in self.lightning_module.parameters() if id(p) not in copies]
         dims = self.meshes.dims
         return gradient_norm(parameters, dims.world_size // dims.pipeline_parallel_size)
 
-    # -- collectives ----------------------------------------------------------------------------------------------------
-
-    def barrier(self, name: str | None = None) -> None:
-        """Waits for all ranks."""
-        if _distributed_is_initialized():
-            dist.barrier(device_ids=[self.root_device.index] if dist.get_backend() == "nccl" else None)
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """`obj` of rank `src`, on all ranks."""
-        if not _distributed_is_initialized():
-            return obj
-        objects = [obj]
-        dist.broadcast_object_list(objects, src)
-        return objects[0]
-
-    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
-        """Mean (or another reduction) over all ranks. Ranks of one data coordinate hold equal values, so that the mean over
-        the world is the mean over the data ranks.
-        """
-        return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if isinstance(tensor, Tensor) else tensor
-
-    # -- checkpoints ------------------------------------------------------------------------------------------------------
+    # -- checkpoints
+    # ------------------------------------------------------------------------------------------------------
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -514,23 +327,13 @@ class LLM3DStrategy(ParallelStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Nothing is left to do after `load_checkpoint`."""
 
-    # -- the end ------------------------------------------------------------------------------------------------------------
-
-    def on_exception(self, exception: BaseException) -> None:
-        """The first rank that fails raises; the others, which see closed connections, leave quietly."""
-        failed = first_to_fail(self.global_rank)
-        if failed != self.global_rank:
-            # This may be the process that the terminal waits for: it goes last, with the failed rank's exit code.
-            code = self._launcher.wait_for(failed) if isinstance(self._launcher, ProcessLauncher) else 1
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+    # -- the end ------------------------------------------------------------------------------------------------------
 
     def model_to_device(self) -> None:
         """Done while the model is materialised."""
 
     def teardown(self) -> None:
-        """Ends the precision plugin and the accelerator; parameters stay where they are, for the next run of this trainer."""
+        """Ends precision plugin and accelerator; parameters stay where they are, for this trainer's next run."""
         assert self.cluster_environment is not None and self.accelerator is not None
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()

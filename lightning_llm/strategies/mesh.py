@@ -27,8 +27,8 @@ class ParallelDims:
 
     The dense view of the grid is `(pp, dp_replicate, dp_shard, cp, tp)`, outermost first, so that tensor-parallel peers
     are neighbours (the same node) and pipeline stages are far apart. Experts do not follow it: the expert view
-    `(pp, dp_replicate, efsdp, ep)` folds `dp_shard * cp * tp` into `efsdp * ep`, so that expert parallelism is not bounded
-    by the data-parallel size (Megatron-Core's "parallel folding", torchtitan's `ParallelDims`).
+    `(pp, dp_replicate, efsdp, ep)` folds `dp_shard * cp * tp` into `efsdp * ep`, so that expert parallelism is not
+    bounded by the data-parallel size (Megatron-Core's "parallel folding", torchtitan's `ParallelDims`).
 
     Args:
         world_size: Number of processes.
@@ -86,12 +86,10 @@ class ParallelDims:
         expert_parallel_size: int = 1,
     ) -> ParallelDims:
         """Sizes with `data_parallel_size="auto"` replaced by the ranks that the other axes leave."""
-        if data_parallel_size == "auto":
-            others = tensor_parallel_size * pipeline_parallel_size * context_parallel_size
-            data_parallel_size = max(1, world_size // others)
+        others = tensor_parallel_size * pipeline_parallel_size * context_parallel_size
         return cls(
             world_size=world_size,
-            data_parallel_size=data_parallel_size,
+            data_parallel_size=max(1, world_size // others) if data_parallel_size == "auto" else data_parallel_size,
             replicate_size=replicate_size,
             tensor_parallel_size=tensor_parallel_size,
             pipeline_parallel_size=pipeline_parallel_size,
@@ -232,8 +230,10 @@ def recommended_sizes(
     tensor_divides: Iterable[int] = (),
     num_units: int = 1,
 ) -> tuple[int, int]:
-    """Tensor and pipeline sizes for a model of a size: data parallel below 7 billion parameters, then tensor parallel within
-    a node, then pipeline stages, as large dense models are trained in practice (https://arxiv.org/abs/2104.04473).
+    """Tensor and pipeline sizes for a model of a size.
+
+    Data parallel below 7 billion parameters, then tensor parallel within a node, then pipeline stages, as large dense
+    models are trained in practice (https://arxiv.org/abs/2104.04473).
 
     Args:
         num_parameters: Of the whole model.

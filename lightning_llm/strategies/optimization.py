@@ -32,7 +32,8 @@ PARAMETER_DTYPES = {
 def align_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Gives every gradient its parameter's placements.
 
-    Autograd leaves a DTensor's gradient as the last operation made it: partial sums, or whole where the parameter is sharded.
+    Autograd leaves a DTensor's gradient as the last operation made it: partial sums, or whole where the parameter is
+    sharded.
     """
     for parameter in parameters:
         gradient = parameter.grad
@@ -44,8 +45,9 @@ def align_gradients(parameters: Iterable[nn.Parameter]) -> None:
 def gradient_norm(parameters: Iterable[nn.Parameter], ranks_per_stage: int) -> Tensor:
     """Euclidean norm of all gradients of the model, over every axis: the number a single process would compute.
 
-    `torch.nn.utils.get_total_norm` takes gradients of one mesh only and knows nothing of other pipeline stages. Here each rank
-    adds the squares that it holds, divided by the number of ranks that hold the same ones; one all-reduce sums them up.
+    `torch.nn.utils.get_total_norm` takes gradients of one mesh only and knows nothing of other pipeline stages. Here
+    each rank adds the squares that it holds, divided by the number of ranks that hold the same ones; one all-reduce
+    sums them up.
 
     Args:
         parameters: This rank's parameters, each tensor once (leave out a stage's copy of a tied one).
@@ -86,9 +88,11 @@ class LLMPrecision(Precision):
     """Precision of a parallel run: Lightning's names, with gradient norms that are right on every layout.
 
     Args:
-        precision: "64-true", "32-true", "bf16-true", or "bf16-mixed" (weights in float32, matrices in bfloat16 by autocast).
+        precision: "64-true", "32-true", "bf16-true", or "bf16-mixed" (weights in float32, matrices in bfloat16 by
+            autocast).
         device_type: Device type of the autocast region.
-        finish_gradients: Called once per optimizer step when this rank's gradients are complete, before hooks and clipping.
+        finish_gradients: Called once per optimizer step when this rank's gradients are complete, before hooks and
+            clipping.
         norm: Computes the global gradient norm.
 
     Raises:
@@ -100,7 +104,7 @@ class LLMPrecision(Precision):
     ) -> None:
         if precision not in PARAMETER_DTYPES:
             raise ConfigurationError(
-                f"precision={precision!r} is not available with this strategy. Use one of {', '.join(PARAMETER_DTYPES)}."
+                f"precision={precision!r} is not available here. Use one of {', '.join(PARAMETER_DTYPES)}."
             )
         self.precision = precision  # type: ignore[assignment]
         self._parameter_dtype = PARAMETER_DTYPES[precision]
@@ -153,8 +157,8 @@ class LLMPrecision(Precision):
 class PipelineClosure(Closure):
     """Zeroes the gradients before the step instead of after it.
 
-    Lightning's order is step, zero_grad, backward. A pipeline's step has run the backward already: zeroing after it would
-    wipe every gradient without any error.
+    Lightning's order is step, zero_grad, backward. A pipeline's step has run the backward already: zeroing after it
+    would wipe every gradient without any error.
     """
 
     @torch.enable_grad()

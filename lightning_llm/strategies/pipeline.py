@@ -1,12 +1,13 @@
 """Pipeline parallelism: the layers are cut into stages, and microbatches run through them on a schedule.
 
-llm3d.py cuts the model with `keep_stage` and hands the stage to a `Pipeline`, which runs forward and backward of a whole
-batch in one call. Stages talk point to point; what flows is whatever a block returns.
+llm3d.py cuts the model with `keep_stage` and hands the stage to a `Pipeline`, which runs forward and backward of a
+whole batch in one call. Stages talk point to point; what flows is whatever a block returns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,8 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 def stage_units(num_units: int, num_stages: int) -> list[range]:
     """Which units each stage has: contiguous, sizes differ by at most one, the outer stages are the smaller ones.
 
-    The first stage also has the embedding and the last one the output layer, so they get a layer less where counts differ.
+    The first stage also has the embedding and the last one the output layer, so they get a layer less where counts
+    differ.
     """
     small, longer = divmod(num_units, num_stages)
     by_load = sorted(range(num_stages), key=lambda stage: (stage == num_stages - 1, stage == 0))
@@ -53,8 +55,8 @@ def keep_stage(model: nn.Module, plan: ParallelPlan, stage: int, num_stages: int
 def choose_microbatches(wanted: int | str, batch_size: int, num_stages: int) -> int:
     """Number of microbatches for a rank's batch: `wanted`, or for "auto" the smallest divisor from `2 * num_stages` up.
 
-    1F1B idles `(stages - 1) / (microbatches + stages - 1)` of the time, so more are better until each is too small to keep
-    the device busy (https://arxiv.org/abs/2104.04473, section 2.2).
+    1F1B idles `(stages - 1) / (microbatches + stages - 1)` of the time, so more are better until each is too small to
+    keep the device busy (https://arxiv.org/abs/2104.04473, section 2.2).
 
     Raises:
         ConfigurationError: The batch cannot be split so, or there are fewer microbatches than stages.
@@ -131,7 +133,7 @@ class Pipeline:
         self._loss_fn = loss_fn
         losses: list[Tensor] = []
         arguments = (inputs,) if self.is_first else ()
-        keywords = {"target": targets, "losses": losses} if self.is_last else {}
+        keywords: dict[str, Any] = {"target": targets, "losses": losses} if self.is_last else {}
         if training:
             schedule.step(*arguments, return_outputs=False, **keywords)
         else:
@@ -196,7 +198,8 @@ def ends_group(dense_mesh: DeviceMesh) -> dist.ProcessGroup | None:
 def add_tied_gradients(model: nn.Module, plan: ParallelPlan, ends: dist.ProcessGroup | None) -> None:
     """Sums the gradients of tensors that are tied across the first and the last stage, on both.
 
-    The copies start equal and get equal gradients, so that equal optimizer steps keep them equal (Megatron-LM's scheme).
+    The copies start equal and get equal gradients, so that equal optimizer steps keep them equal (Megatron-LM's
+    scheme).
     """
     if ends is None:
         return

@@ -67,12 +67,16 @@ class ParallelPlan:
                     f"pipeline_parallel_size={pipeline_parallel_size}, but the plan of {type(model).__name__} names no "
                     "pipeline units. Add `pipeline_units` to its ParallelPlan."
                 )
-            units = len(list(model.get_submodule(self.pipeline_units).children()))
+            units = len(self.units(model))
             if pipeline_parallel_size > units:
                 raise ConfigurationError(
                     f"pipeline_parallel_size({pipeline_parallel_size}) is more than the {units} layers of the model. "
                     f"Use at most {units}."
                 )
+
+    def units(self, model: nn.Module) -> list[nn.Module]:
+        """The model's blocks, in order; none if the plan names no container of them."""
+        return list(model.get_submodule(self.pipeline_units).children()) if self.pipeline_units else []
 
     def _divided(self) -> list[int]:
         return list(self.tensor_divides.values())

@@ -1,4 +1,4 @@
-"""The names that `Trainer(strategy=...)` takes. A registered name takes no arguments from YAML, so common sizes have one each."""
+"""The names that `Trainer(strategy=...)` takes: a registered name takes no arguments, so common sizes have one each."""
 
 from typing import Any
 

@@ -37,8 +37,8 @@ def shard_without_plan(module: nn.Module, mesh: DeviceMesh, *, reshard_after_for
     own = [name for name, _ in module.named_parameters(recurse=False)]
     if own:
         raise ConfigurationError(
-            f"{type(module).__name__} holds the parameters {own} itself. Put them into a submodule (for example self.model) "
-            "so that they can be sharded, or give that submodule a ParallelPlan."
+            f"{type(module).__name__} holds the parameters {own} itself. Put them into a submodule (for example "
+            "self.model) so that they can be sharded, or give that submodule a ParallelPlan."
         )
     for child in module.children():
         if any(True for _ in child.parameters()):

@@ -41,9 +41,13 @@ class ReplicatedModule(ParallelStyle):
             module,
             device_mesh,
             None,
-            lambda _, inputs, mesh: tuple(DTensor.from_local(x, mesh, (Replicate(),), run_check=False) for x in inputs),
+            self._prepare_inputs,  # type: ignore[arg-type]  # the stub leaves out that the hook may return inputs
             lambda _, output, mesh: output.to_local(),
         )
+
+    @staticmethod
+    def _prepare_inputs(_: nn.Module, inputs: tuple[torch.Tensor, ...], mesh: DeviceMesh) -> tuple[DTensor, ...]:
+        return tuple(DTensor.from_local(x, mesh, (Replicate(),), run_check=False) for x in inputs)
 
 
 def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, plan: ParallelPlan, *, sequence_parallel: bool) -> None:
@@ -53,8 +57,8 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, plan: ParallelPlan
         model: Whole model or one pipeline stage of it. Activations are `[batch, seq, hidden]`.
         mesh: The tensor-parallel axis.
         plan: Names the style of each module.
-        sequence_parallel: Between the blocks each rank keeps `seq / tensor_parallel_size` of the sequence, so that norms and
-            residuals are not computed `tensor_parallel_size` times; the sequence length must then divide.
+        sequence_parallel: Between the blocks each rank keeps `seq / tensor_parallel_size` of the sequence, so that
+            norms and residuals are not computed `tensor_parallel_size` times; the sequence length must then divide.
     """
     styles = _styles(sequence_parallel)
     for name, module in list(model.named_modules()):
@@ -66,7 +70,7 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, plan: ParallelPlan
 
 
 def logits_context() -> AbstractContextManager[None]:
-    """Within it cross entropy takes logits that are split over the vocabulary; both forward and backward belong in it."""
+    """Within it cross entropy takes logits that are split over the vocabulary. Both forward and backward need it."""
     return loss_parallel()
 
 

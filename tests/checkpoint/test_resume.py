@@ -47,7 +47,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
-def saved_in_3d(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> dict[str, Any]:
+def saved_in_3d(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, corpus: Path
+) -> dict[str, Any]:
     """A run of 8 processes (pp2 x dp2 x tp2), saved at steps 3 and at its end."""
     folder = tmp_path_factory.mktemp("saved")
     config = TIED if request.param else CONFIG
@@ -98,7 +100,9 @@ def test_what_is_no_checkpoint_is_named(saved_in_3d: dict[str, Any], corpus: Pat
     shutil.copytree(saved_in_3d["folder"] / "end", broken)
     (broken / ".metadata").unlink()
     assert ".metadata is missing" in run_distributed(resume_and_report, 1, corpus, broken)[0]
-    assert f"no checkpoint at {tmp_path / 'none'}" in run_distributed(resume_and_report, 1, corpus, tmp_path / "none")[0]
+    assert (
+        f"no checkpoint at {tmp_path / 'none'}" in run_distributed(resume_and_report, 1, corpus, tmp_path / "none")[0]
+    )
 
 
 def test_saving_again_replaces_the_folder_as_a_whole(corpus: Path, tmp_path: Path) -> None:
@@ -106,5 +110,11 @@ def test_saving_again_replaces_the_folder_as_a_whole(corpus: Path, tmp_path: Pat
     run_distributed(job, 2, 2, PP2, corpus, {"save_at": {2: path}, "steps": 2})
     (path / "left-over").touch()
     run_distributed(job, 1, 1, {}, corpus, {"save_at": {2: path}, "steps": 2})
-    assert sorted(p.name for p in path.iterdir()) == [".metadata", "__0_0.distcp", "config.json", "tokenizer.json", "trainer.pt"]
+    assert sorted(p.name for p in path.iterdir()) == [
+        ".metadata",
+        "__0_0.distcp",
+        "config.json",
+        "tokenizer.json",
+        "trainer.pt",
+    ]
     assert [p.name for p in tmp_path.iterdir()] == ["same"]

@@ -77,7 +77,7 @@ def test_resumes_at_any_batch_on_any_layout(
         for _ in range(step * accumulate):
             next(batches)
         state = saver.state_dict()
-        assert state == {"epoch": 0, "consumed": step * STEP, "seed": 3}
+        assert state == {"epoch": 0, "consumed": step * STEP, "step_size": STEP, "seed": 3}
         batches.close()
 
         others, per_step = loaded_by
@@ -108,7 +108,7 @@ def test_a_pass_after_the_resumed_one_is_a_whole_new_epoch(corpus: TokenizedCorp
     loader = make(corpus)
     loader.load_state_dict({"epoch": 4, "consumed": 2 * STEP, "seed": 3})
     assert len(list(loader)) == len(loader) - 2
-    assert loader.state_dict() == {"epoch": 5, "consumed": 0, "seed": 3}
+    assert loader.state_dict() == {"epoch": 5, "consumed": 0, "step_size": STEP, "seed": 3}
     fifth = rows(list(loader))
     other = make(corpus)
     other.sampler.set_epoch(5)
@@ -121,7 +121,7 @@ def test_set_epoch_keeps_the_place_in_the_present_epoch_and_leaves_it_for_anothe
     loader.sampler.set_epoch(2)
     assert loader.state_dict()["consumed"] == 3 * STEP
     loader.sampler.set_epoch(3)
-    assert loader.state_dict() == {"epoch": 3, "consumed": 0, "seed": 3}
+    assert loader.state_dict() == {"epoch": 3, "consumed": 0, "step_size": STEP, "seed": 3}
     assert len(list(loader)) == len(loader)
 
 

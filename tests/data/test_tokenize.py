@@ -6,13 +6,9 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 
 from lightning_llm.data import packing
@@ -57,9 +53,9 @@ def test_tokens_decode_to_the_documents_and_the_second_call_reuses_them(
     (tmp_path / "in" / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "in" / "empty.txt").touch()
 
-    corpus = tokenize(tmp_path / "in", tmp_path / "out", vocab_size=400, val_fraction=0.2, text_key="body")
+    corpus = tokenize(tmp_path / "in", tmp_path / "out", vocab_size=300, val_fraction=0.2, text_key="body")
     told = capfd.readouterr()
-    assert told.out == "" and "training a vocabulary of 400" in told.err
+    assert told.out == "" and "training a vocabulary of 300" in told.err
     assert "lightning.ai" not in told.err and "Rank" not in told.err  # litdata's chatter
 
     train, val = documents_of(corpus, "train"), documents_of(corpus, "val")
@@ -69,13 +65,13 @@ def test_tokens_decode_to_the_documents_and_the_second_call_reuses_them(
     held_out = sum(len(text.encode()) for text in val)
     assert 0.1 < held_out / (held_out + sum(len(text.encode()) for text in train)) <= 0.2
     assert corpus.left_out == {"binary": 1, "not UTF-8": 1, "empty": 1}
-    assert corpus.files == 24 and corpus.vocab_size == 400 and not corpus.reused
+    assert corpus.files == 24 and corpus.vocab_size == 300 and not corpus.reused
     assert sorted(os.listdir(tmp_path)) == ["in", "out"]
     assert sorted(os.listdir(tmp_path / "out")) == ["corpus.json", "tokenizer.json", "train", "val"]
 
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*")}
     again = tokenize(
-        tmp_path / "in", tmp_path / "out", vocab_size=400, val_fraction=0.2, text_key="body", num_workers=7
+        tmp_path / "in", tmp_path / "out", vocab_size=300, val_fraction=0.2, text_key="body", num_workers=7
     )
     assert again.reused and again == corpus and "reused" in str(again)
     assert "nothing to do" in capfd.readouterr().err
@@ -108,14 +104,15 @@ def job(folder: Path, tokenizer_file: Path, texts: dict[str, str], **changes: ob
     return dataclasses.replace(values, **changes)  # type: ignore[arg-type]
 
 
-def test_packing_by_spawned_workers_and_with_large_vocabularies(tmp_path: Path) -> None:
+@pytest.mark.parametrize("start_method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_packing_with_a_large_vocabulary_and_either_start_method(tmp_path: Path, start_method: str) -> None:
     texts = write_documents(tmp_path / "in", count=6)
     tokenizer = train_tokenizer(texts.values(), 300)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     seen: list[int] = []
     (tmp_path / "scratch").mkdir()
-    spawned = job(tmp_path, tmp_path / "tokenizer.json", texts, start_method="spawn", vocab_size=100_000)
-    done = packing.pack(spawned, tmp_path / "scratch", seen.append)
+    work = job(tmp_path, tmp_path / "tokenizer.json", texts, start_method=start_method, vocab_size=100_000)
+    done = packing.pack(work, tmp_path / "scratch", seen.append)
     assert sum(seen) == done["train"].text_bytes == sum(len(text) for text in texts.values())
     expected = [[*tokenizer.encode(text).ids, 0] for text in texts.values()]
     assert [chunk.tokens for chunk in done["train"].chunks] == [
@@ -132,7 +129,7 @@ def test_a_failure_of_the_packing_process_is_told_with_its_last_words(tmp_path: 
     (tmp_path / "scratch").mkdir()
     (tmp_path / "file").write_text("in the way")
     wrong = job(tmp_path, tmp_path / "tokenizer.json", texts, output=str(tmp_path / "file"))
-    with pytest.raises(RuntimeError, match=r"exit code 1(.|\n)*NotADirectoryError"):
+    with pytest.raises(RuntimeError, match=r"exit code(.|\n)*file"):
         packing.pack(wrong, tmp_path / "scratch", lambda count: None)
 
 
@@ -158,76 +155,6 @@ def test_given_tokenizer_is_used_and_copied_and_other_options_make_it_anew(tmp_p
     assert not changed.reused and changed.train.documents == 6
     assert TokenizedCorpus.load(tmp_path / "out") == changed
     assert sorted(os.listdir(tmp_path)) == ["given", "in", "out"]
-
-
-# No main guard, on purpose: users' scripts often have none.
-SCRIPT = """
-import sys
-from lightning_llm.data import progress
-from lightning_llm.data.tokenize import tokenize
-progress._SECONDS_BETWEEN_LINES = 0.0  # a line for every piece: the test waits for one
-corpus = tokenize(sys.argv[1], sys.argv[2], vocab_size=300, num_workers=2)
-print(corpus.reused, corpus.train.tokens)
-"""
-
-
-def start(folder: Path) -> subprocess.Popen[str]:
-    (folder / "script.py").write_text(SCRIPT)
-    command = [sys.executable, str(folder / "script.py"), str(folder / "in"), str(folder / "out")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def started_by(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    return psutil.Process(process.pid).children(recursive=True)
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "ctrl-c"])
-def test_an_interrupted_run_leaves_no_process_and_no_corpus_and_the_next_one_succeeds(
-    tmp_path: Path, how: signal.Signals
-) -> None:
-    (tmp_path / "in").mkdir()
-    for number in range(12):  # 3 MB: several seconds of work after the first piece is done
-        (tmp_path / "in" / f"{number}.txt").write_text(prose(number, 70_000))
-    process = start(tmp_path)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("tokenize: tokenizing:"):
-            break
-    else:
-        pytest.fail(f"ended with {process.wait()} before it was interrupted")
-    family = started_by(process)
-    assert len(family) >= 2  # the packing process and its workers
-    process.send_signal(how)
-    process.wait(timeout=20)
-    _, alive = psutil.wait_procs(family, timeout=20)
-    assert not alive
-    assert process.returncode == (-how if how == signal.SIGKILL else -signal.SIGINT)
-    process.stderr.close()
-
-    assert not (tmp_path / "out").exists()
-    with pytest.raises(ConfigurationError, match="does not exist"):
-        TokenizedCorpus.load(tmp_path / "out")
-    assert (tmp_path / ".out.incomplete").exists() == (how == signal.SIGKILL)  # Ctrl-C still tidies up
-
-    if how == signal.SIGKILL:
-        second = start(tmp_path)
-        out, err = second.communicate(timeout=120)
-        assert second.returncode == 0, err
-        corpus = TokenizedCorpus.load(tmp_path / "out")
-        corpus.check_files()
-        assert out.split() == ["False", str(corpus.train.tokens)]
-        assert corpus.train.documents + corpus.val.documents == 12
-        assert sorted(os.listdir(tmp_path)) == ["in", "out", "script.py"]
-
-
-def test_two_runs_at_once_do_the_work_once(tmp_path: Path) -> None:
-    write_documents(tmp_path / "in")
-    runs = [start(tmp_path) for _ in range(2)]
-    results = [run.communicate(timeout=120) for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], results
-    assert sorted(out.split()[0] for out, _ in results) == ["False", "True"]
-    TokenizedCorpus.load(tmp_path / "out").check_files()
 
 
 @pytest.mark.parametrize(
@@ -265,8 +192,7 @@ def test_bad_options_are_named(
     [
         ("a.png", b"\x89PNG\0", r"No text to tokenise in .*: 1 files found, left out: 1 binary \(such as a.png\)"),
         ("a.txt", b"", r"left out: 1 empty"),
-        ("a.jsonl", b"\n\n", r"all documents are empty"),
-        ("a.jsonl", b'{"text": ""}\n', r"all documents are empty"),
+        ("a.jsonl", b'\n\n{"text": ""}\n', r"all documents are empty"),
         ("a.jsonl", b'{"text": "fine"}\n{"txet": "typo"}\n', r"a.jsonl, line 2, has no string under 'text', but txet"),
     ],
 )

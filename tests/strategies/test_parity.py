@@ -41,7 +41,8 @@ CONFIGS = {
 }
 
 
-# Every layout with the plain model; the other models in the layouts where their peculiarity matters. The rest is for `make test-all`.
+# Every layout with the plain model; the other models in the layouts where their peculiarity matters. The rest is for
+# `make test-all`.
 ESSENTIAL = {"tied": ("pp2", "pp2 x dp2 x tp2"), "biases": ("dp2 x tp2",), "qk_norm": ("dp2 x tp2",)}
 CASES = [
     pytest.param(
@@ -100,7 +101,9 @@ class GradientsOfFirstStep(Callback):
             self.gradients = {name: full(p.grad).clone() for name, p in named if p.grad is not None}
 
 
-def first_gradients(world_size: int, sizes: dict[str, Any], config: DecoderConfig, accumulate: int = 1) -> dict[str, Any]:
+def first_gradients(
+    world_size: int, sizes: dict[str, Any], config: DecoderConfig, accumulate: int = 1
+) -> dict[str, Any]:
     strategy = LLM3DStrategy(**sizes)
     collected = GradientsOfFirstStep()
     trainer = make_trainer(
@@ -149,7 +152,12 @@ def accumulated(world_size: int, sizes: dict[str, Any], config: DecoderConfig, a
     strategy = LLM3DStrategy(**sizes)
     collected = GradientsOfFirstStep()
     trainer = make_trainer(
-        strategy, world_size, callbacks=[collected], max_steps=1, precision="64-true", accumulate_grad_batches=accumulate
+        strategy,
+        world_size,
+        callbacks=[collected],
+        max_steps=1,
+        precision="64-true",
+        accumulate_grad_batches=accumulate,
     )
     trainer.fit(make_module(config), loader(trainer, strategy, accumulate, ignore=False))
     return collected.gradients

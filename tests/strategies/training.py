@@ -51,7 +51,9 @@ class Recorder(Callback):
         self.losses: list[float] = []
         self.grad_norms: list[float] = []
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
         self.losses.append(float(trainer.callback_metrics["train_loss"]))
         self.grad_norms.append(float(trainer.callback_metrics.get("grad_norm", float("nan"))))
 

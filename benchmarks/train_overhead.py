@@ -1,0 +1,352 @@
+"""What `Trainer(strategy=LLM3DStrategy(...))` costs over a bare torch loop of the same parallelism: ratios of step times.
+
+    python benchmarks/train_overhead.py [--layouts 1 tp2 dp2-tp2:32] [--profile]
+
+Both sides live in the same processes and take turns, step by step; see README.md beside this file.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: ranks are forked and share the cores
+
+import argparse
+import json
+import logging
+import platform
+import re
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import torch.distributed as dist
+from bare_loop import BareLoop, Recipe
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from profiling import Profiles, print_profile
+from ranks import run_on_ranks
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from lightning_llm import DecoderConfig, LLM3DStrategy, LLMModule
+
+# Layouts and their sequences per step, which make a step of the default model about one second long on two free cores.
+DEFAULT_LAYOUTS = ("1:16", "tp2:16", "pp2:16", "dp2-tp2:16", "dp2-tp2-pp2:16")
+ACCEPTED_RATIO = 1.10
+TOLERANCE = 1e-4  # of losses, nats per token; and of gradient norms, relative
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One row of the table: ranks of each axis, and sequences per optimizer step over all data ranks."""
+
+    name: str
+    pipeline: int
+    data: int
+    tensor: int
+    batch_size: int
+
+    @classmethod
+    def parse(cls, text: str) -> Layout:
+        """`dp2-tp2-pp2:32` or `1:16`; axes that are not named have one rank."""
+        match = re.fullmatch(r"(1|(?:dp|tp|pp)\d+(?:-(?:dp|tp|pp)\d+)*)(?::(\d+))?", text)
+        if match is None:
+            raise argparse.ArgumentTypeError(f"{text!r} is no layout; write 1, tp2, dp2-tp2, dp2-tp2-pp2:32, ...")
+        name, batch_size = match[1], int(match[2] or 16)
+        sizes = {axis: int(size) for axis, size in re.findall(r"(dp|tp|pp)(\d+)", name)}
+        layout = cls(name, sizes.get("pp", 1), sizes.get("dp", 1), sizes.get("tp", 1), batch_size)
+        if batch_size % layout.data:
+            raise argparse.ArgumentTypeError(f"{text!r}: batch({batch_size}) is not divisible by data({layout.data})")
+        return layout
+
+    @property
+    def world_size(self) -> int:
+        """Processes."""
+        return self.pipeline * self.data * self.tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What every rank is told."""
+
+    layout: Layout
+    config: DecoderConfig
+    seq_len: int
+    steps: int
+    warmup: int
+    threads: int
+    folder: str
+    profile: bool
+    recipe: Recipe = field(default_factory=Recipe)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of each side; under the profiler one more, in which collectives are counted."""
+        return self.warmup + self.steps + self.profile
+
+
+class TokenRows(Dataset):
+    """Predictable rows of tokens in memory, so that neither side waits for a disk. Every label counts."""
+
+    def __init__(self, rows: int, seq_len: int, vocab_size: int) -> None:
+        generator = torch.Generator().manual_seed(7)
+        start = torch.randint(0, vocab_size, (rows, 1), generator=generator)
+        stride = torch.randint(1, 5, (rows, 1), generator=generator)
+        self.tokens = (start + torch.arange(seq_len + 1) * stride) % vocab_size
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.tokens[index, :-1], "labels": self.tokens[index, 1:]}
+
+
+class TakingTurns(Callback):
+    """Runs and times one bare step after each step of the Trainer, and the Trainer's step from callback to callback.
+
+    Times are `(wall, cpu)` seconds of this rank: from a barrier, so that all ranks start together; all threads' CPU.
+    """
+
+    def __init__(self, bare: BareLoop, profiles: Profiles | None) -> None:
+        self.bare = bare
+        self.profiles = profiles
+        self.seconds: dict[str, list[tuple[float, float]]] = {"bare": [], "trainer": []}
+        self.losses: dict[str, list[float | None]] = {"bare": [], "trainer": []}
+        self.norms: dict[str, list[float]] = {"bare": [], "trainer": []}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start("trainer")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._stop("trainer")
+        metrics = trainer.callback_metrics
+        self._note("trainer", metrics["train_loss"], metrics["grad_norm"])
+        self._start("bare")
+        loss, norm = self.bare.step()
+        self._stop("bare")
+        self._note("bare", loss, norm)
+        self._start("trainer")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.profiles is not None:
+            self.profiles.stop("trainer")
+
+    def _start(self, side: str) -> None:
+        dist.barrier()
+        if self.profiles is not None:
+            self.profiles.start(side, len(self.seconds[side]))
+        self._began = time.perf_counter(), time.process_time()
+
+    def _stop(self, side: str) -> None:
+        wall, cpu = time.perf_counter(), time.process_time()
+        if self.profiles is not None:
+            self.profiles.stop(side)
+        self.seconds[side].append((wall - self._began[0], cpu - self._began[1]))
+
+    def _note(self, side: str, loss: Tensor | None, norm: Tensor) -> None:
+        self.losses[side].append(None if loss is None else float(loss))
+        self.norms[side].append(float(norm))
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """Both sides on this rank; what it saw, in plain data."""
+    torch.set_num_threads(job.threads)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    layout, recipe = job.layout, job.recipe
+    sizes = (layout.pipeline, layout.data, layout.tensor)
+    data_rank = dist.get_rank() // layout.tensor % layout.data
+
+    def loader() -> DataLoader:
+        rows = TokenRows(layout.batch_size * (job.total_steps + 1), job.seq_len, job.config.vocab_size)
+        sampler = DistributedSampler(rows, num_replicas=layout.data, rank=data_rank, shuffle=False)
+        return DataLoader(rows, batch_size=layout.batch_size // layout.data, sampler=sampler)
+
+    profiles = Profiles(first=job.warmup, last=job.warmup + job.steps) if job.profile else None
+    turns = TakingTurns(BareLoop(job.config, sizes, recipe, loader()), profiles)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=layout.world_size,
+        strategy=LLM3DStrategy(
+            data_parallel_size=layout.data,
+            tensor_parallel_size=layout.tensor,
+            pipeline_parallel_size=layout.pipeline,
+        ),
+        max_steps=job.total_steps,
+        gradient_clip_val=recipe.max_norm,
+        callbacks=[turns],
+        logger=CSVLogger(job.folder, name=layout.name),
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module = LLMModule(
+        job.config,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        betas=recipe.betas,
+        schedule="constant",
+        warmup_steps=recipe.warmup_steps,
+    )
+    trainer.fit(module, loader())
+    return {
+        "seconds": turns.seconds,
+        "losses": turns.losses,
+        "norms": turns.norms,
+        "profile": profiles.results() if profiles else None,
+    }
+
+
+def summarize(job: Job, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """One layout's row: times of the slowest rank, CPU time of all ranks, ratios of neighbouring steps.
+
+    Raises:
+        RuntimeError: The two sides did not compute the same.
+    """
+    check_equal_work(job, ranks)
+    timed = slice(job.warmup, job.warmup + job.steps)
+    wall, cpu = {}, {}
+    for side in ("bare", "trainer"):
+        by_step = list(zip(*(rank["seconds"][side] for rank in ranks), strict=True))[timed]
+        wall[side] = [max(seconds for seconds, _ in step) for step in by_step]
+        cpu[side] = [sum(seconds for _, seconds in step) for step in by_step]
+    return {
+        "layout": asdict(job.layout),
+        "ratio": spread([a / b for a, b in zip(wall["trainer"], wall["bare"], strict=True)]),
+        "cpu_ratio": spread([a / b for a, b in zip(cpu["trainer"], cpu["bare"], strict=True)]),
+        "bare_seconds": spread(wall["bare"]),
+        "trainer_seconds": spread(wall["trainer"]),
+        "steps": {f"{side}_{kind}": values[side] for kind, values in (("wall", wall), ("cpu", cpu)) for side in values},
+    }
+
+
+def check_equal_work(job: Job, ranks: list[dict[str, Any]]) -> None:
+    """Refuses to compare sides whose losses or gradient norms differ at any step, warm-up included."""
+    for step in range(job.total_steps):
+        # The bare loop's loss stays where it was made; the Trainer shows the same one to all ranks.
+        parts = [rank["losses"]["bare"][step] for rank in ranks if rank["losses"]["bare"][step] is not None]
+        bare, ours = statistics.fmean(parts), ranks[0]["losses"]["trainer"][step]
+        if not abs(bare - ours) <= TOLERANCE:
+            raise RuntimeError(
+                f"{job.layout.name}, step {step}: loss {ours} under the Trainer, {bare} in the bare loop"
+            )
+        bare, ours = ranks[0]["norms"]["bare"][step], ranks[0]["norms"]["trainer"][step]
+        if not abs(bare - ours) <= TOLERANCE * max(1.0, bare):
+            raise RuntimeError(
+                f"{job.layout.name}, step {step}: norm {ours} under the Trainer, {bare} in the bare loop"
+            )
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Smallest, middle and largest."""
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+HEADER = f"{'layout':<14}{'ranks':>6}{'batch':>6}{'bare s':>9}{'trainer s':>11}   {'ratio min / median / max':<27}{'of CPU time':>11}"
+
+
+def table_row(row: dict[str, Any]) -> str:
+    layout, ratio = Layout(**row["layout"]), row["ratio"]
+    return (
+        f"{layout.name:<14}{layout.world_size:>6}{layout.batch_size:>6}{row['bare_seconds']['median']:>9.3f}"
+        f"{row['trainer_seconds']['median']:>11.3f}   "
+        f"{ratio['min']:>6.3f} / {ratio['median']:.3f} / {ratio['max']:<10.3f}{row['cpu_ratio']['median']:>11.3f}"
+    )
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument(
+        "--layouts",
+        nargs="+",
+        type=Layout.parse,
+        default=[Layout.parse(text) for text in DEFAULT_LAYOUTS],
+        metavar="NAME[:BATCH]",
+        help=f"what to measure, each with its sequences per step (default: {' '.join(DEFAULT_LAYOUTS)})",
+    )
+    parser.add_argument("--model", default="tiny", help="a preset of DecoderConfig (default: tiny)")
+    parser.add_argument("--seq-len", type=int, default=128, help="tokens per sequence (default: 128)")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps of each side (default: 10)")
+    parser.add_argument("--warmup", type=int, default=3, help="steps of each side before them (default: 3)")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads of each process (default: 1)")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one layout (default: 600)")
+    parser.add_argument("--profile", action="store_true", help="show where the Trainer's step goes; writes no results")
+    parser.add_argument("--check", action="store_true", help=f"fail where a median ratio is above {ACCEPTED_RATIO}")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(__file__).parent / "results" / "train_overhead.json",
+        help="where the results go (default: benchmarks/results/train_overhead.json)",
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    load = os.getloadavg()[0]
+    print(f"{os.cpu_count()} cores, load average {load:.1f} before the start", flush=True)
+    if load > 0.5:
+        print("Something else is running: ratios will be wide, and results are not worth keeping.", flush=True)
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="train-overhead-") as folder:
+        for index, layout in enumerate(arguments.layouts):
+            job = Job(
+                layout=layout,
+                config=DecoderConfig.preset(arguments.model),
+                seq_len=arguments.seq_len,
+                steps=arguments.steps,
+                warmup=arguments.warmup,
+                threads=arguments.threads,
+                folder=folder,
+                profile=arguments.profile,
+            )
+            ranks = run_on_ranks(measure, layout.world_size, job, timeout=arguments.timeout)
+            rows.append(summarize(job, ranks))
+            if index == 0 or arguments.profile:
+                print(HEADER)
+            print(table_row(rows[-1]), flush=True)
+            if arguments.profile:
+                print_profile([rank["profile"] for rank in ranks], job.steps)
+    if not arguments.profile:
+        write(arguments, load, rows)
+    too_slow = [row["layout"]["name"] for row in rows if row["ratio"]["median"] > ACCEPTED_RATIO]
+    if arguments.check and too_slow:
+        print(f"above {ACCEPTED_RATIO}: {', '.join(too_slow)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def write(arguments: argparse.Namespace, load: float, rows: list[dict[str, Any]]) -> None:
+    """The results and what they were measured on, as JSON."""
+    results = {
+        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": {
+            "cores": os.cpu_count(),
+            "load_average_before": load,
+            "architecture": platform.machine(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "lightning": lightning.__version__,
+        },
+        "run": {name: getattr(arguments, name) for name in ("model", "seq_len", "steps", "warmup", "threads")},
+        "layouts": rows,
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(results, indent=2) + "\n")
+    print(f"written to {arguments.output}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""The processes of a run: how many, who is who, what is checked before they start, and what they say to each other.
+
+`ProcessGrid` is the half of a strategy that does not touch the model; llm3d.py adds the other half.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import timedelta
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.distributed import (
+    _distributed_is_initialized,
+    _get_default_process_group_backend_for_device,
+    _init_dist_connection,
+    _sync_ddp_if_available,
+)
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.strategies.parallel import ParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from torch import Tensor, nn
+
+from lightning_llm.strategies.checks import (
+    check_data,
+    check_plan,
+    check_sequence,
+    compare_batches,
+    model_in_outline,
+    resolve_dims,
+    sequence_length,
+)
+from lightning_llm.strategies.launcher import ProcessLauncher, die_with_launcher, first_to_fail
+from lightning_llm.strategies.mesh import Meshes, ParallelDims, Size
+
+
+class ProcessGrid(ParallelStrategy):
+    """Starts, connects and arranges the processes. The arguments are those of `LLM3DStrategy`."""
+
+    def __init__(
+        self,
+        *,
+        data_parallel_size: Size,
+        tensor_parallel_size: Size,
+        pipeline_parallel_size: Size,
+        replicate_size: int,
+        microbatches: int | str,
+        sequence_parallel: bool,
+        process_group_backend: str | None,
+        timeout: timedelta,
+    ) -> None:
+        super().__init__()
+        self.data_parallel_size = data_parallel_size
+        self.tensor_parallel_size = tensor_parallel_size
+        self.pipeline_parallel_size = pipeline_parallel_size
+        self.replicate_size = replicate_size
+        self.microbatches = microbatches
+        self.sequence_parallel = sequence_parallel
+        self.process_group_backend = process_group_backend
+        self.timeout = timeout
+        self.num_nodes = 1
+        self.dims: ParallelDims | None = None
+        self._meshes: Meshes | None = None
+        self._batch_compared = False
+
+    @property
+    def root_device(self) -> torch.device:
+        """Device of this rank."""
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def num_processes(self) -> int:
+        """Processes on this node."""
+        return len(self.parallel_devices or ())
+
+    @property
+    def is_distributed(self) -> bool:
+        """Tells Lightning to give plain DataLoaders a DistributedSampler."""
+        return True
+
+    @property
+    def meshes(self) -> Meshes:
+        """Process groups of every axis, once the processes are connected."""
+        if self._meshes is None:
+            raise RuntimeError("The meshes exist once the processes are connected: from LightningModule.setup() on.")
+        return self._meshes
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Data coordinates for samplers: ranks that share a sample's work get the same `rank`."""
+        dims = self.meshes.dims
+        return {"num_replicas": dims.data_parallel_size, "rank": dims.data_rank(self.global_rank)}
+
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        die_with_launcher()
+        if "auto" not in (self.tensor_parallel_size, self.pipeline_parallel_size):
+            self.dims = self._resolve_dims(None)
+        if not self.cluster_environment.creates_processes_externally:
+            self._launcher = ProcessLauncher(
+                self.cluster_environment, self.num_processes, self.num_nodes, self._check_before_launch
+            )
+
+    def _check_before_launch(self, trainer: pl.Trainer, *arguments: Any, **_: Any) -> None:
+        """Finds what cannot work while there is one process only: nothing has to be torn down, one message is shown."""
+        candidates = (*arguments, getattr(trainer, "datamodule", None))
+        datamodules = [argument for argument in candidates if isinstance(argument, pl.LightningDataModule)]
+        self._check(trainer, next(iter(datamodules), None))
+
+    def _check(self, trainer: pl.Trainer, datamodule: pl.LightningDataModule | None) -> None:
+        if self._meshes is not None:  # an earlier run of this trainer was checked, and its model is cut by now
+            return
+        assert self.lightning_module is not None
+        model = model_in_outline(self.lightning_module)
+        self.dims = self._resolve_dims(model)
+        if model is not None:
+            check_plan(model, self.dims)
+        if hasattr(self.lightning_module, "check"):
+            self.lightning_module.check(datamodule)
+        if datamodule is not None:
+            check_data(
+                datamodule,
+                self.dims,
+                accumulate=trainer.accumulate_grad_batches,
+                microbatches=self.microbatches,
+                sequence_parallel=self.sequence_parallel,
+            )
+
+    def _resolve_dims(self, model: nn.Module | None) -> ParallelDims:
+        return resolve_dims(
+            model,
+            world_size=self.num_nodes * self.num_processes,
+            devices_per_node=self.num_processes,
+            tensor_parallel_size=self.tensor_parallel_size,
+            pipeline_parallel_size=self.pipeline_parallel_size,
+            data_parallel_size=self.data_parallel_size,
+            replicate_size=self.replicate_size,
+        )
+
+    def setup_environment(self) -> None:
+        """Connects the processes and cuts the meshes. Every rank calls it; a second call does nothing."""
+        super().setup_environment()
+        if self._meshes is not None:
+            return
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        self._check(trainer, getattr(trainer, "datamodule", None))
+        reset_seed()
+        self.set_world_ranks()
+        assert self.cluster_environment is not None
+        backend = self.process_group_backend or _get_default_process_group_backend_for_device(self.root_device)
+        device_id = self.root_device if self.root_device.type != "cpu" else None
+        _init_dist_connection(self.cluster_environment, backend, timeout=self.timeout, device_id=device_id)
+        assert self.dims is not None
+        self._meshes = self.dims.build(self.root_device.type)
+        rank_zero_info(self.dims.draw())
+
+    def set_world_ranks(self) -> None:
+        """Tells Lightning's environment and its rank-zero helpers who this process is."""
+        assert self.cluster_environment is not None
+        self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+        self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Before the first step: do batches fit the layout, and are they the same on all ranks that must share them?"""
+        if not self._batch_compared:
+            seq_len = sequence_length(batch)
+            if seq_len is not None and self.sequence_parallel:
+                check_sequence(seq_len, self.meshes.dims)
+            compare_batches(batch, self.meshes.dims)
+            self._batch_compared = True
+
+    def barrier(self, name: str | None = None) -> None:
+        """Waits for all ranks."""
+        if _distributed_is_initialized():
+            dist.barrier(device_ids=[self.root_device.index] if dist.get_backend() == "nccl" else None)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """`obj` of rank `src`, on all ranks."""
+        if not _distributed_is_initialized():
+            return obj
+        objects = [obj]
+        dist.broadcast_object_list(objects, src)
+        return objects[0]
+
+    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
+        """Mean (or another reduction) over all ranks.
+
+        Ranks of one data coordinate hold equal values, so the mean over the world is the mean over the data ranks.
+        """
+        return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if isinstance(tensor, Tensor) else tensor
+
+    def on_exception(self, exception: BaseException) -> None:
+        """The first rank that fails raises; the others, which see closed connections, leave quietly."""
+        failed = first_to_fail(self.global_rank)
+        if failed != self.global_rank:
+            # This may be the process that the terminal waits for: it goes last, with the failed rank's exit code.
+            code = self._launcher.wait_for(failed) if isinstance(self._launcher, ProcessLauncher) else 1
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
