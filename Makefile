@@ -12,10 +12,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 STAMP := $(VENV)/.setup-done
 
-# What `make demo` reads, trains and where it writes: make demo CORPUS=path MODEL=preset RUN=folder
-CORPUS ?= $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
+# What `make demo` reads and trains: make demo CORPUS=path MODEL=preset. Without CORPUS: this Python's own standard library.
 MODEL ?= tiny
-RUN ?= runs/demo
+STDLIB = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
+CORPUS_ARGUMENTS = $(if $(CORPUS),"$(CORPUS)","$(STDLIB)" --exclude test tests idlelib)
+RUN := runs/demo
 
 help: ## list what can be done
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,13 +41,14 @@ $(STAMP): requirements/torch.txt requirements/lock.txt requirements/litdata.txt 
 	@touch $@
 	@echo "setup: done, in $(VENV)"
 
-demo: setup ## real text -> tokens -> 8 processes train -> export -> it writes
-	@$(BIN)/lightning-llm tokenize --input "$(CORPUS)" --output "$(RUN)/data"
-	@$(BIN)/lightning-llm fit -c examples/stdlib/train.yaml --model.model "$(MODEL)" --data.path "$(RUN)/data" --trainer.default_root_dir "$(RUN)"
-	@$(BIN)/lightning-llm export "$(RUN)/checkpoint" "$(RUN)/model"
-	@$(BIN)/lightning-llm generate "$(RUN)/model" --prompt "def main(" --max-tokens 120
+demo: setup ## real text -> tokens -> 8 processes train -> checkpoint -> export -> it writes
+	@$(BIN)/lightning-llm tokenize --input $(CORPUS_ARGUMENTS) --output $(RUN)/data
+	@$(BIN)/lightning-llm fit -c examples/stdlib/train.yaml --model.model "$(MODEL)"
+	@$(BIN)/lightning-llm export $(RUN)/checkpoints/last.ckpt $(RUN)/model
+	@echo; echo "The model writes:"; echo
+	@$(BIN)/lightning-llm generate $(RUN)/model --prompt "def " --max-tokens 120 --temperature 0.7 --top-p 0.9 --seed 1
 	@echo
-	@echo "Next, your own words: $(BIN)/lightning-llm generate $(RUN)/model --prompt 'import ' --max-tokens 200 --temperature 0.8"
+	@echo "Next, your own words: $(BIN)/lightning-llm generate $(RUN)/model --prompt 'import ' --max-tokens 200 --temperature 0.7"
 
 test: setup ## the tests, without the slow ones
 	@$(BIN)/python -m pytest -m 'not slow and not gpu'

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ class Job:
     threads: int
     folder: str
     profile: bool
-    recipe: Recipe = field(default_factory=Recipe)
+    recipe: Recipe
 
     @property
     def total_steps(self) -> int:
@@ -281,6 +281,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each side (default: 10)")
     parser.add_argument("--warmup", type=int, default=3, help="steps of each side before them (default: 3)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of each process (default: 1)")
+    parser.add_argument(
+        "--fused",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether the bare loop's AdamW is the fused one (default: yes, since it is the faster one)",
+    )
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one layout (default: 600)")
     parser.add_argument("--profile", action="store_true", help="show where the Trainer's step goes; writes no results")
     parser.add_argument("--check", action="store_true", help=f"fail where a median ratio is above {ACCEPTED_RATIO}")
@@ -311,6 +317,7 @@ def main() -> int:
                 threads=arguments.threads,
                 folder=folder,
                 profile=arguments.profile,
+                recipe=Recipe(fused=arguments.fused),
             )
             ranks = run_on_ranks(measure, layout.world_size, job, timeout=arguments.timeout)
             rows.append(summarize(job, ranks))
@@ -340,7 +347,7 @@ def write(arguments: argparse.Namespace, load: float, rows: list[dict[str, Any]]
             "torch": torch.__version__,
             "lightning": lightning.__version__,
         },
-        "run": {name: getattr(arguments, name) for name in ("model", "seq_len", "steps", "warmup", "threads")},
+        "run": {name: getattr(arguments, name) for name in ("model", "seq_len", "steps", "warmup", "threads", "fused")},
         "layouts": rows,
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,8 @@ Nothing here imports wandb before it is used.
 """
 
 from lightning_llm.callbacks.progress import StepProgressBar
+from lightning_llm.callbacks.summary import RunSummary
 from lightning_llm.callbacks.throughput import Throughput
 from lightning_llm.callbacks.tracking import WandbLogger
 
-__all__ = ["StepProgressBar", "Throughput", "WandbLogger"]
+__all__ = ["RunSummary", "StepProgressBar", "Throughput", "WandbLogger"]

@@ -26,7 +26,8 @@ def resume_exactly(trainer: Trainer, loader: TokenLoader) -> None:
 
     - A run that ended within an epoch (`max_steps`, early stopping, a signal) counts that epoch as done: on resuming,
       the rest of it would be left out, and as many batches of the next.
-    - A place saved within a batch (by an exception) or within an accumulation counts sequences whose gradients are lost.
+    - With `max_steps`, a run that goes on from the end of an epoch would leave out the next epoch.
+    - A place saved within a batch (by an exception) or an accumulation counts sequences whose gradients are lost.
     - With another `accumulate_grad_batches` (or batch size) the count of batches would end the epoch at the wrong place
       and optimizer steps within an accumulation.
     - A module that reads `trainer.estimated_stepping_batches` in `configure_optimizers` makes Lightning build the
@@ -39,7 +40,7 @@ def resume_exactly(trainer: Trainer, loader: TokenLoader) -> None:
         ConfigurationError: the place is not at the end of a batch of the present size.
     """
     fit_loop = trainer.fit_loop
-    states = fit_loop._combined_loader_states_to_load if fit_loop.restarting else []
+    states = fit_loop._combined_loader_states_to_load if fit_loop.is_resuming else []
     if len(states) != 1 or "step_size" not in states[0]:
         return
     state, batches = states[0], fit_loop.epoch_loop.batch_progress
@@ -50,8 +51,8 @@ def resume_exactly(trainer: Trainer, loader: TokenLoader) -> None:
     if rest:
         raise ConfigurationError(
             f"The checkpoint was saved after {consumed} sequences of its epoch, which is not at the end of a batch: "
-            f"{consumed} / {loader.batch_size} sequences per batch leaves {rest}. Resume with the batch_size that it was "
-            "saved with."
+            f"{consumed} / {loader.batch_size} sequences per batch leaves {rest}. "
+            "Resume with the batch_size that it was saved with."
         )
     if count.ready and (count.ready, state["consumed"]) != (done, consumed):
         # One less completed when it was saved by the hooks at the end of a batch: Lightning will complete that batch.
@@ -59,10 +60,15 @@ def resume_exactly(trainer: Trainer, loader: TokenLoader) -> None:
         count.ready = count.started = count.processed = done
         count.completed = done - unfinished
     epochs: Any = fit_loop.epoch_progress
-    if count.ready and epochs.current.processed == state["epoch"] + 1 and not batches.is_last_batch:
+    counted_as_done = count.ready > 0 and epochs.current.processed == state["epoch"] + 1
+    if counted_as_done and batches.is_last_batch:
+        fit_loop._restarting = False  # a new epoch begins; its own setter would keep it, given max_steps
+        fit_loop.epoch_loop.restarting = False
+    elif counted_as_done:
         for counter in (epochs.total, epochs.current):
             counter.processed -= 1
             counter.completed = min(counter.completed, counter.processed)
+        fit_loop.restarting = True  # it had found nothing unfinished to go on with
         fit_loop.update_restart_stage()
     states[0] = state | {"consumed": consumed}
     fit_loop._load_combined_loader_states()  # where Lightning has missed it; else it does this itself, a little later

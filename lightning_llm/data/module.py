@@ -139,13 +139,8 @@ class TokenDataModule(LightningDataModule):
         loader = self._loader("train")
         if self.trainer is not None:
             resume_exactly(self.trainer, loader)
-            loader.sampler.before_epoch = partial(self._before_epoch, loader)
+            loader.sampler.before_epoch = partial(_before_epoch, self.trainer, loader)
         return loader
-
-    def _before_epoch(self, loader: TokenLoader, epoch: int) -> int:
-        """What Lightning does last before it asks for batches; the epoch to be in, corrected where it resumes."""
-        resume_exactly(self.trainer, loader)
-        return self.trainer.current_epoch
 
     @override
     def val_dataloader(self) -> TokenLoader | list[Any]:
@@ -178,6 +173,12 @@ class TokenDataModule(LightningDataModule):
     @property
     def _accumulate_grad_batches(self) -> int:
         return 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+
+
+def _before_epoch(trainer: Trainer, loader: TokenLoader, epoch: int) -> int:
+    """The epoch that is about to begin, by a count that is right also when it resumes."""
+    resume_exactly(trainer, loader)
+    return trainer.current_epoch
 
 
 def _on_cuda(trainer: Trainer | None) -> bool:

@@ -97,7 +97,7 @@ class LLMModule(LightningModule):
             }
         )
 
-    # -- the model ----------------------------------------------------------------------------------------------------
+    # -- the model --
 
     def build_model(self) -> Decoder:
         """The decoder with weights yet to come."""
@@ -153,7 +153,7 @@ class LLMModule(LightningModule):
                 shutil.copyfile(origin, folder / "tokenizer.json")
                 return
 
-    # -- the loss -----------------------------------------------------------------------------------------------------
+    # -- the loss --
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Token ids `[batch, seq]` -> logits `[batch, seq, vocab]`."""
@@ -201,7 +201,7 @@ class LLMModule(LightningModule):
         tokens = int(self.loss_denominator(batch["labels"]).ceil())
         self.log(name, loss, prog_bar=True, sync_dist=True, on_epoch=True, batch_size=max(1, tokens))
 
-    # -- optimization -------------------------------------------------------------------------------------------------
+    # -- optimization --
 
     def configure_optimizers(self) -> Any:
         """AdamW with decay on matrices only, and the schedule per optimizer step."""

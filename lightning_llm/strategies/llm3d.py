@@ -99,8 +99,9 @@ class LLM3DStrategy(ProcessGrid):
         self.pipeline: Pipeline | None = None
         self._tied_group: dist.ProcessGroup | None = None
         self._parallelized: nn.Module | None = None
+        self._gradient_norm: Tensor | None = None
 
-    # -- the model ----------------------------------------------------------------------------------------------------
+    # -- the model --
 
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
@@ -192,7 +193,7 @@ class LLM3DStrategy(ProcessGrid):
             for tensor in (*model.parameters(), *model.buffers()):
                 dist.broadcast(tensor.data, src=0)
 
-    # -- the step -----------------------------------------------------------------------------------------------------
+    # -- the step --
 
     def _logits_context(self) -> AbstractContextManager[None]:
         return logits_context() if self.meshes.dims.tensor_parallel_size > 1 else nullcontext()
@@ -242,8 +243,7 @@ class LLM3DStrategy(ProcessGrid):
         )
         return loss * parts
 
-    # -- optimization
-    # ---------------------------------------------------------------------------------------------------
+    # -- optimization --
 
     @property
     def precision_plugin(self) -> Precision:
@@ -259,28 +259,28 @@ class LLM3DStrategy(ProcessGrid):
 
     def _finish_gradients(self) -> None:
         assert self.lightning_module is not None
+        self._gradient_norm = None
         align_gradients(self.lightning_module.parameters())
         if self.pipeline is not None and self.plan is not None and self.plan.tied:
             add_tied_gradients(self.pipeline.module, self.plan, self._tied_group)
 
     def gradient_norm(self) -> Tensor:
-        """Euclidean norm of all gradients over every axis, equal on all ranks."""
+        """Euclidean norm of all gradients over every axis, equal on all ranks; as they were before any clipping."""
+        if self._gradient_norm is None:
+            dims = self.meshes.dims
+            self._gradient_norm = gradient_norm(self._owned(), dims.world_size // dims.pipeline_parallel_size)
+        return self._gradient_norm
+
+    def _owned(self) -> list[nn.Parameter]:
+        """This rank's parameters without the last stage's copies of tensors that the first stage owns."""
         assert self.lightning_module is not None
         copies: set[int] = set()
-        if (
-            self.pipeline is not None
-            and self.plan is not None
-            and self._tied_group is not None
-            and not self.pipeline.is_first
-        ):
+        if self.plan is not None and self.pipeline is not None and not self.pipeline.is_first:
             named = dict(self.pipeline.module.named_parameters())
             copies = {id(named[copy]) for _, copy in self.plan.tied if copy in named}
-        parameters = [p for p in self.lightning_module.parameters() if id(p) not in copies]
-        dims = self.meshes.dims
-        return gradient_norm(parameters, dims.world_size // dims.pipeline_parallel_size)
+        return [parameter for parameter in self.lightning_module.parameters() if id(parameter) not in copies]
 
-    # -- checkpoints
-    # ------------------------------------------------------------------------------------------------------
+    # -- checkpoints --
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -327,7 +327,7 @@ class LLM3DStrategy(ProcessGrid):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Nothing is left to do after `load_checkpoint`."""
 
-    # -- the end ------------------------------------------------------------------------------------------------------
+    # -- the end --
 
     def model_to_device(self) -> None:
         """Done while the model is materialised."""

@@ -138,13 +138,13 @@ class Pipeline:
             schedule.step(*arguments, return_outputs=False, **keywords)
         else:
             schedule.eval(*arguments, **keywords)
-        return self._share(torch.stack([loss.detach() for loss in losses]).sum() if self.is_last else None)
+        return self._share_loss(torch.stack([loss.detach() for loss in losses]).sum() if self.is_last else None)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Forward alone: the output `[batch, seq, vocab]`, whole, on every stage."""
         with torch.no_grad():
             output = self._schedule(inputs, training=False, with_loss=False).eval(*((inputs,) if self.is_first else ()))
-        return self._share(to_plain(output) if self.is_last else None)
+        return self._share_output(to_plain(output) if self.is_last else None)
 
     def _schedule(self, inputs: Tensor, training: bool, with_loss: bool = True) -> Schedule1F1B:
         key = (inputs.shape, training, with_loss)
@@ -160,15 +160,21 @@ class Pipeline:
         assert self._loss_fn is not None
         return self._loss_fn(output, target)
 
-    def _share(self, value: Tensor | None) -> Tensor:
-        """Gives the last stage's tensor to all stages, so that logging and callbacks see one value everywhere."""
-        last = self.num_stages - 1
-        described = [None if value is None else (value.shape, value.dtype)]
-        dist.broadcast_object_list(described, group=self.group, group_src=last, device=self.device)
+    def _share_loss(self, loss: Tensor | None) -> Tensor:
+        """Gives the last stage's loss to all stages, so that logging and callbacks see one value everywhere."""
+        dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+        shared = torch.zeros((), dtype=dtype, device=self.device) if loss is None else loss.to(dtype)
+        dist.broadcast(shared, group=self.group, group_src=self.num_stages - 1)
+        return shared
+
+    def _share_output(self, output: Tensor | None) -> Tensor:
+        """Gives the last stage's output to all stages, which do not know its shape."""
+        described = [None if output is None else (output.shape, output.dtype)]
+        dist.broadcast_object_list(described, group=self.group, group_src=self.num_stages - 1, device=self.device)
         assert described[0] is not None
         shape, dtype = described[0]
-        shared = torch.empty(shape, dtype=dtype, device=self.device) if value is None else value.contiguous()
-        dist.broadcast(shared, group=self.group, group_src=last)
+        shared = torch.empty(shape, dtype=dtype, device=self.device) if output is None else output.contiguous()
+        dist.broadcast(shared, group=self.group, group_src=self.num_stages - 1)
         return shared
 
 

@@ -1,4 +1,4 @@
-"""`TokenDataModule` under a real Trainer: shapes, layouts, checks, and a resumed run that sees what it would have seen."""
+"""`TokenDataModule` under a real Trainer: shapes, layouts, checks; a resumed run sees what it would have seen."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
 from lightning_llm.data.corpus import TokenizedCorpus
 from lightning_llm.data.loader import IGNORED
 from lightning_llm.data.module import TokenDataModule
 from lightning_llm.errors import ConfigurationError
+from tests.distributed import run_distributed
 
 SEQ_LEN = 64
 BATCH = 8
@@ -87,8 +87,14 @@ def fit(
 def uninterrupted(corpus: TokenizedCorpus, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Sequence]]:
     """Three epochs of the corpus."""
     steps = fit(corpus, tmp_path_factory.mktemp("uninterrupted"))
-    assert len(steps) == 3 * data(corpus).steps_per_epoch
+    assert len(steps) == 3 * data(corpus).steps_per_epoch == 51
     return steps
+
+
+# Lightning goes another way in each: an end set by epochs, by steps, by steps alone.
+ENDS = pytest.mark.parametrize(
+    "end", [{}, {"max_steps": 51}, {"max_steps": 51, "max_epochs": -1}], ids=["epochs", "steps+epochs", "steps"]
+)
 
 
 def save_at(folder: Path, **when: Any) -> ModelCheckpoint:
@@ -110,43 +116,59 @@ def test_epochs_have_the_same_sequences_in_other_orders(
     assert len(set(epochs[0]) ^ set(epochs[1])) <= 2 * dropped
 
 
+@ENDS
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_resumed_within_an_epoch_sees_what_the_whole_run_saw(
-    corpus: TokenizedCorpus, uninterrupted: dict[int, list[Sequence]], tmp_path: Path, num_workers: int
+    corpus: TokenizedCorpus,
+    uninterrupted: dict[int, list[Sequence]],
+    tmp_path: Path,
+    num_workers: int,
+    end: dict[str, int],
 ) -> None:
     per_epoch = len(uninterrupted) // 3
     fit(corpus, tmp_path, callbacks=[save_at(tmp_path, every_n_train_steps=1)], max_epochs=2, num_workers=num_workers)
     # Within the first and the second epoch, at the end of the first (saved by its last step), and one after.
     for step in (2, per_epoch - 1, per_epoch, per_epoch + 1, 2 * per_epoch - 1):
-        rest = fit(corpus, tmp_path, resume=tmp_path / f"step={step}.ckpt", num_workers=num_workers)
+        rest = fit(corpus, tmp_path, resume=tmp_path / f"step={step}.ckpt", num_workers=num_workers, **end)
         assert rest == {step: rows for step, rows in uninterrupted.items() if step >= min(rest)}
         assert min(rest) == step and max(rest) == max(uninterrupted)
 
 
-def test_resumed_from_the_end_of_an_epoch_or_of_a_run(
-    corpus: TokenizedCorpus, uninterrupted: dict[int, list[Sequence]], tmp_path: Path
+@ENDS
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 2), (2, 1)])
+def test_resumed_from_the_end_of_an_epoch(
+    corpus: TokenizedCorpus,
+    uninterrupted: dict[int, list[Sequence]],
+    tmp_path: Path,
+    before: int,
+    after: int,
+    end: dict[str, int],
 ) -> None:
     per_epoch = len(uninterrupted) // 3
     callback = save_at(tmp_path, every_n_epochs=1, save_on_train_epoch_end=True)
-    fit(corpus, tmp_path, callbacks=[callback], max_epochs=1)
-    rest = fit(corpus, tmp_path, resume=tmp_path / f"step={per_epoch}.ckpt")
-    assert rest == {step: rows for step, rows in uninterrupted.items() if step >= per_epoch}
-
-    stopped = trainer(tmp_path, max_steps=per_epoch + 2, max_epochs=-1)
-    stopped.fit(Recorder(), datamodule=data(corpus))
-    stopped.save_checkpoint(tmp_path / "stopped.ckpt")
-    rest = fit(corpus, tmp_path, resume=tmp_path / "stopped.ckpt", max_steps=len(uninterrupted), max_epochs=-1)
-    assert rest == {step: rows for step, rows in uninterrupted.items() if step >= per_epoch + 2}
+    first = trainer(tmp_path, callbacks=[callback], max_epochs=1, accumulate_grad_batches=before)
+    first.fit(Recorder(), datamodule=data(corpus))
+    first.save_checkpoint(tmp_path / "after.ckpt")
+    for name in (f"step={per_epoch}.ckpt", "after.ckpt"):
+        rest = fit(corpus, tmp_path, resume=tmp_path / name, accumulate_grad_batches=after, **end)
+        assert rest == {step: rows for step, rows in uninterrupted.items() if step >= per_epoch}
 
 
-def test_resumed_after_a_validation_within_an_epoch(
-    corpus: TokenizedCorpus, uninterrupted: dict[int, list[Sequence]], tmp_path: Path
+@ENDS
+@pytest.mark.parametrize(("every", "step"), [(2, 4), (1.0, 17)], ids=["within an epoch", "at its end"])
+def test_resumed_after_a_validation(
+    corpus: TokenizedCorpus,
+    uninterrupted: dict[int, list[Sequence]],
+    tmp_path: Path,
+    every: float,
+    step: int,
+    end: dict[str, int],
 ) -> None:
-    options: dict[str, Any] = {"limit_val_batches": 1.0, "val_check_interval": 2}
+    options: dict[str, Any] = {"limit_val_batches": 1.0, "val_check_interval": every}
     callback = save_at(tmp_path, monitor="val_loss", save_on_train_epoch_end=False)
     fit(corpus, tmp_path, callbacks=[callback], max_epochs=1, **options)
-    rest = fit(corpus, tmp_path, resume=tmp_path / "step=4.ckpt", **options)
-    assert rest == {step: rows for step, rows in uninterrupted.items() if step >= 4}
+    rest = fit(corpus, tmp_path, resume=tmp_path / f"step={step}.ckpt", **options, **end)
+    assert rest == {number: rows for number, rows in uninterrupted.items() if number >= step}
 
 
 def test_resumed_by_a_module_that_reads_the_number_of_steps(
@@ -158,29 +180,116 @@ def test_resumed_by_a_module_that_reads_the_number_of_steps(
     assert rest == {step: rows for step, rows in uninterrupted.items() if step >= 3}
 
 
+@ENDS
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (4, 2), (2, 4)])
 def test_resumed_with_another_accumulation(
-    corpus: TokenizedCorpus, uninterrupted: dict[int, list[Sequence]], tmp_path: Path, before: int, after: int
+    corpus: TokenizedCorpus,
+    uninterrupted: dict[int, list[Sequence]],
+    tmp_path: Path,
+    before: int,
+    after: int,
+    end: dict[str, int],
 ) -> None:
     callback = save_at(tmp_path, every_n_train_steps=1)
     first = fit(corpus, tmp_path, callbacks=[callback], max_epochs=1, accumulate_grad_batches=before)
     assert first == {step: uninterrupted[step] for step in first}  # accumulation does not change a step
     per_epoch = len(first)
     for step in (3, per_epoch):
-        rest = fit(corpus, tmp_path, resume=tmp_path / f"step={step}.ckpt", accumulate_grad_batches=after)
+        rest = fit(corpus, tmp_path, resume=tmp_path / f"step={step}.ckpt", accumulate_grad_batches=after, **end)
         assert rest == {step: rows for step, rows in uninterrupted.items() if step >= min(rest)}
         assert min(rest) == step and max(rest) == max(uninterrupted)
 
 
-def test_resumed_within_a_step_of_another_accumulation_is_refused(corpus: TokenizedCorpus, tmp_path: Path) -> None:
-    class SaveWithinStep(Recorder):
-        def on_train_batch_end(self, *arguments: Any) -> None:
-            if self.trainer.fit_loop.epoch_loop.batch_progress.current.ready == 3:
-                self.trainer.save_checkpoint(tmp_path / "within.ckpt")
+class InterruptedRunError(Exception):
+    """Stands for whatever ends a run from outside."""
 
-    fit(corpus, tmp_path, module=SaveWithinStep(), max_epochs=1, accumulate_grad_batches=2)
-    with pytest.raises(ConfigurationError, match=r"12 / 8 sequences per batch leaves 4"):
-        fit(corpus, tmp_path, resume=tmp_path / "within.ckpt", accumulate_grad_batches=1)
+
+@pytest.mark.parametrize("place", ["training_step", "on_train_batch_end"])
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (4, 1), (2, 4)])
+@pytest.mark.parametrize("batch", [1, 6, 7])
+def test_resumed_from_within_a_step_does_that_step_again(
+    corpus: TokenizedCorpus,
+    uninterrupted: dict[int, list[Sequence]],
+    tmp_path: Path,
+    place: str,
+    before: int,
+    after: int,
+    batch: int,
+) -> None:
+    """Gradients that were accumulated are not in a checkpoint; so the step that they were for begins anew."""
+
+    class SaveWithinStep(Recorder):
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            self.save_and_end("training_step", batch_idx)
+            return super().training_step(batch, batch_idx)
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            self.save_and_end("on_train_batch_end", batch_idx)
+
+        def save_and_end(self, here: str, batch_idx: int) -> None:
+            if (here, batch_idx) == (place, batch):
+                self.trainer.save_checkpoint(tmp_path / "within.ckpt")
+                raise InterruptedRunError
+
+    module = SaveWithinStep()
+    with pytest.raises(InterruptedRunError):
+        fit(corpus, tmp_path, module=module, accumulate_grad_batches=before)
+    rest = fit(corpus, tmp_path, resume=tmp_path / "within.ckpt", accumulate_grad_batches=after)
+    finished = (batch + (place == "on_train_batch_end")) // before
+    assert rest == {step: rows for step, rows in uninterrupted.items() if step >= finished}
+
+
+@ENDS
+@pytest.mark.parametrize("read_stepping_batches", [False, True])
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 2)])
+def test_resumed_after_a_run_that_ended_within_an_epoch(
+    corpus: TokenizedCorpus,
+    uninterrupted: dict[int, list[Sequence]],
+    tmp_path: Path,
+    before: int,
+    after: int,
+    read_stepping_batches: bool,
+    end: dict[str, int],
+) -> None:
+    per_epoch = len(uninterrupted) // 3
+    for steps in (2, per_epoch + 2):
+        saved = save_at(tmp_path / str(steps), every_n_epochs=1, save_on_train_epoch_end=True)  # also if it ends early
+        stopped = trainer(tmp_path, max_steps=steps, max_epochs=-1, accumulate_grad_batches=before, callbacks=[saved])
+        stopped.fit(Recorder(), datamodule=data(corpus))
+        stopped.save_checkpoint(tmp_path / str(steps) / "after.ckpt")
+        for name in (f"step={steps}.ckpt", "after.ckpt"):
+            checkpoint, module = tmp_path / str(steps) / name, Recorder(read_stepping_batches)
+            rest = fit(corpus, tmp_path, module=module, resume=checkpoint, accumulate_grad_batches=after, **end)
+            assert rest == {step: rows for step, rows in uninterrupted.items() if step >= steps}
+
+
+def test_resumed_after_a_run_that_ended_within_its_last_epoch(
+    corpus: TokenizedCorpus, uninterrupted: dict[int, list[Sequence]], tmp_path: Path
+) -> None:
+    steps = len(uninterrupted) - 3
+    stopped = trainer(tmp_path, max_steps=steps)  # and max_epochs=3, which it would count as reached
+    stopped.fit(Recorder(), datamodule=data(corpus))
+    stopped.save_checkpoint(tmp_path / "after.ckpt")
+    rest = fit(corpus, tmp_path, resume=tmp_path / "after.ckpt")
+    assert rest == {step: rows for step, rows in uninterrupted.items() if step >= steps}
+
+
+def test_resumed_with_limited_epochs(corpus: TokenizedCorpus, tmp_path: Path) -> None:
+    """An epoch that `limit_train_batches` ends is done, unlike one that was interrupted."""
+    whole = fit(corpus, tmp_path, limit_train_batches=3)
+    assert len(whole) == 9 and len({tuple(rows) for rows in whole.values()}) == 9
+    fit(corpus, tmp_path, limit_train_batches=3, max_epochs=2, callbacks=[save_at(tmp_path, every_n_train_steps=1)])
+    for step in (2, 3, 4, 6):
+        rest = fit(corpus, tmp_path, resume=tmp_path / f"step={step}.ckpt", limit_train_batches=3)
+        assert rest == {number: rows for number, rows in whole.items() if number >= step}
+
+
+def test_resumed_with_a_batch_size_that_does_not_meet_the_place_is_refused(
+    corpus: TokenizedCorpus, tmp_path: Path
+) -> None:
+    fit(corpus, tmp_path, callbacks=[save_at(tmp_path, every_n_train_steps=3)], max_epochs=1)
+    with pytest.raises(ConfigurationError, match=r"24 / 10 sequences per batch leaves 4"):
+        trainer(tmp_path).fit(Recorder(), datamodule=data(corpus, batch_size=10), ckpt_path=tmp_path / "step=3.ckpt")
 
 
 def test_resumed_on_other_data_is_refused(corpus: TokenizedCorpus, tmp_path: Path) -> None:
@@ -191,31 +300,29 @@ def test_resumed_on_other_data_is_refused(corpus: TokenizedCorpus, tmp_path: Pat
         trainer(tmp_path).fit(Recorder(), datamodule=data(corpus, seq_len=32), ckpt_path=tmp_path / "step=3.ckpt")
 
 
-class DataRank(SingleDeviceStrategy):
-    """One process that says it is data rank `rank` of `num_replicas`, as a mesh strategy tells each of its ranks."""
+def train_as_rank(corpus: TokenizedCorpus, folder: Path, accumulate: int) -> tuple[dict[int, list[Sequence]], int]:
+    """One of two DDP ranks: train an epoch, save within it and at its end, validate."""
+    module = Recorder()
+    callbacks = [save_at(folder, every_n_train_steps=5)]
+    options = {"devices": 2, "strategy": "ddp", "limit_val_batches": 1.0, "accumulate_grad_batches": accumulate}
+    trainer(folder, callbacks=callbacks, max_epochs=1, **options).fit(module, datamodule=data(corpus))
+    return module.steps, sum(module.validated)
 
-    def __init__(self, num_replicas: int, rank: int) -> None:
-        super().__init__(device="cpu", accelerator=None)
-        self.wanted = {"num_replicas": num_replicas, "rank": rank}
 
-
-@pytest.mark.parametrize("num_replicas", [2, 4])
-def test_data_ranks_share_each_step(
-    corpus: TokenizedCorpus,
-    uninterrupted: dict[int, list[Sequence]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    num_replicas: int,
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_ranks_share_each_step_and_one_goes_on_from_where_they_were(
+    corpus: TokenizedCorpus, uninterrupted: dict[int, list[Sequence]], tmp_path: Path, accumulate: int
 ) -> None:
-    monkeypatch.setattr(Trainer, "distributed_sampler_kwargs", property(lambda self: self.strategy.wanted))
-    parts = []
-    for rank in range(num_replicas):
-        module = Recorder()
-        one = trainer(tmp_path, strategy=DataRank(num_replicas, rank), accelerator="auto", max_epochs=1)
-        one.fit(module, datamodule=data(corpus))
-        parts.append(module.steps)
-    for step in parts[0]:
-        assert [row for part in parts for row in part[step]] == uninterrupted[step]
+    (first, seen), (second, seen_too) = run_distributed(train_as_rank, 2, corpus, tmp_path, accumulate)
+    assert len(first) == len(second) == len(uninterrupted) // 3
+    for step, rows in first.items():
+        share = BATCH // 2 // accumulate
+        batches = [part[k : k + share] for k in range(0, BATCH // 2, share) for part in (rows, second[step])]
+        assert sum(batches, []) == uninterrupted[step]
+    assert seen + seen_too == sum(corpus.val.sequences_per_chunk(SEQ_LEN))
+    for step in (5, 15):
+        rest = fit(corpus, tmp_path, resume=tmp_path / f"step={step}.ckpt")
+        assert rest == {number: rows for number, rows in uninterrupted.items() if number >= step}
 
 
 def test_validation_sees_every_sequence_once(corpus: TokenizedCorpus, tmp_path: Path) -> None:
