@@ -134,8 +134,10 @@ class BareLoop:
         """`clip_grad_norm_` over all axes: torch knows those of a stage, which are DTensors; stages are summed here."""
         for parameter in self.parameters:
             # Norms leave partial sums behind; every later operation on such a gradient would reduce it once more.
-            if isinstance(parameter.grad, DTensor) and parameter.grad.placements != parameter.placements:
-                parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
+            gradient = parameter.grad
+            if isinstance(parameter, DTensor) and isinstance(gradient, DTensor):
+                if gradient.placements != parameter.placements:
+                    parameter.grad = gradient.redistribute(placements=parameter.placements)
         norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()

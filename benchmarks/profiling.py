@@ -10,22 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 import lightning_llm
 
 Function = tuple[str, int, str]  # file, line, name
+Figures = tuple[float, float, float]  # calls, own seconds, cumulative seconds
 
-ROOTS = {"lightning_llm": Path(lightning_llm.__file__).parent, "lightning": Path(lightning.__file__).parent}
-WHOLE_STEP = 0.4  # a function with a larger part of the step wraps the model's work, and tells nothing
+ROOTS = {module.__name__: Path(module.__file__ or "").parent for module in (lightning_llm, lightning, torch)}
+WRAPPER = 0.15  # a function with a larger part of the step wraps the model's work, and tells nothing
 SHOWN = 30
+SHOWN_SHARED = 8
 
 
 class Profiles:
     """Profiles of both sides of one rank.
 
-    Functions are timed in CPU time of the process: with more ranks than cores, wall time would mostly show who waits for
-    whom. Collectives are counted in the step after the timed ones, by torch's profiler.
+    Functions are timed in CPU time of the process: with more ranks than cores, wall time would mostly show who waits
+    for whom. Collectives are counted in the step after the timed ones, by torch's profiler.
 
     Args:
         first: First step that is profiled.
@@ -63,7 +66,7 @@ class Profiles:
             stop()
 
     def results(self) -> dict[str, Any]:
-        """Plain data: per side the functions `{(file, line, name): (calls, own, cumulative seconds)}`, and collectives."""
+        """Plain data: per side `{(file, line, name): (calls, own seconds, cumulative seconds)}`, and collectives."""
         functions = {
             side: {key: values[1:4] for key, values in pstats.Stats(found).stats.items()}  # type: ignore[attr-defined]
             for side, found in self._functions.items()
@@ -72,24 +75,27 @@ class Profiles:
 
 
 def print_profile(ranks: list[dict[str, Any]], steps: int) -> None:
-    """What `Profiles.results` of all ranks says about the Trainer's side, per step, as the mean over ranks."""
-    whole = sum(own for rank in ranks for _, own, _ in rank["functions"]["trainer"].values())
-    scale = 1000.0 / (steps * len(ranks))
-    found: dict[Function, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
-    for rank in ranks:
-        for function, values in rank["functions"]["trainer"].items():
-            total = found[function]
-            for index, value in enumerate(values):
-                total[index] += value
-    rows = [
-        (cumulative * scale, own * scale, calls / (steps * len(ranks)), place(function))
-        for function, (calls, own, cumulative) in found.items()
-        if cumulative < WHOLE_STEP * whole and place(function)
-    ]
-    print(f"\n  CPU time of the Trainer's step under the profiler: {whole * scale:.1f} ms per rank, of which")
-    print(f"  {'ms':>8} {'own ms':>8} {'calls':>7}  function (its callees included)")
-    for cumulative, own, calls, name in sorted(rows, reverse=True)[:SHOWN]:
-        print(f"  {cumulative:>8.2f} {own:>8.2f} {calls:>7.1f}  {name}")
+    """What `Profiles.results` of all ranks says about one step, as the mean over ranks."""
+    bare, trainer = (_per_step([rank["functions"][side] for rank in ranks], steps) for side in ("bare", "trainer"))
+    whole = sum(own for _, own, _ in trainer.values())
+    steps_only = {function: values for function, values in trainer.items() if values[2] < WRAPPER * whole}
+
+    print(f"\n  CPU time of the Trainer's step under the profiler: {whole * 1000:.1f} ms per rank.")
+    print("  What the Trainer's side alone calls, callees included:")
+    print(f"  {'ms':>8} {'own ms':>8} {'calls':>7}  function")
+    alone = [(values, place(function)) for function, values in steps_only.items() if function not in bare]
+    named = [(values, name) for values, name in alone if name]
+    for (calls, own, cumulative), name in sorted(named, key=lambda row: -row[0][2])[:SHOWN]:
+        print(f"  {cumulative * 1000:>8.2f} {own * 1000:>8.2f} {calls:>7.1f}  {name}")
+
+    print("\n  What both sides call, by how much more the Trainer's side spends on it:")
+    print(f"  {'bare ms':>8} {'trainer':>8} {'calls':>7}  function")
+    shared = [(values[2] - bare[function][2], function) for function, values in steps_only.items() if function in bare]
+    for _, function in sorted(shared, reverse=True)[:SHOWN_SHARED]:
+        calls, _, cumulative = trainer[function]
+        name = place(function) or function[2]
+        print(f"  {bare[function][2] * 1000:>8.2f} {cumulative * 1000:>8.2f} {calls:>7.1f}  {name}")
+
     print("\n  Collectives of one step, rank 0:")
     sides = [ranks[0]["collectives"].get(side, Counter()) for side in ("bare", "trainer")]
     for name in sorted(sides[0] | sides[1]):
@@ -97,8 +103,18 @@ def print_profile(ranks: list[dict[str, Any]], steps: int) -> None:
     print(flush=True)
 
 
+def _per_step(ranks: list[dict[Function, Figures]], steps: int) -> dict[Function, Figures]:
+    """Mean over ranks and steps."""
+    sums: dict[Function, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+    for functions in ranks:
+        for function, values in functions.items():
+            sums[function] = [total + value for total, value in zip(sums[function], values, strict=True)]
+    count = steps * len(ranks)
+    return {function: (calls / count, own / count, whole / count) for function, (calls, own, whole) in sums.items()}
+
+
 def place(function: Function) -> str:
-    """`strategies/tensor.py:31 name` for functions of lightning and lightning_llm; "" for others."""
+    """`lightning_llm/strategies/tensor.py:31 name` for functions of the packages that matter; "" for others."""
     file, line, name = function
     for package, root in ROOTS.items():
         if Path(file).is_relative_to(root):

@@ -31,7 +31,8 @@ def parser_of(command: Callable[..., Any]) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     for name, parameter in inspect.signature(command).parameters.items():
-        options: dict[str, Any] = {"help": help_of.get(name)}
+        # argparse formats help with %, and a docstring may speak of 5%.
+        options: dict[str, Any] = {"help": (help_of.get(name) or "").replace("%", "%%")}
         required = parameter.default is parameter.empty
         annotation = _without_none(hints[name])
         if annotation is bool:
@@ -44,8 +45,8 @@ def parser_of(command: Callable[..., Any]) -> argparse.ArgumentParser:
             parser.add_argument(name, **options)
         else:
             # A default of None means "decided later": the help text says how, so argparse need not.
-            default = argparse.SUPPRESS if parameter.default is None else parameter.default
-            options |= {"required": True} if required else {"default": default}
+            decided_later = required or parameter.default is None
+            options |= {"required": required, "default": argparse.SUPPRESS if decided_later else parameter.default}
             parser.add_argument("--" + name.replace("_", "-"), **options)
     return parser
 

@@ -9,9 +9,11 @@ The strategy saves and restores with it; export reads weights one by one with `i
 
 from __future__ import annotations
 
+import pickle
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -65,10 +67,25 @@ def save(checkpoint: dict[str, Any], path: Path, write_assets: Callable[[Path], 
     dcp.save(tensors, checkpoint_id=staging)
     if dist.get_rank() == 0:
         torch.save(rest, staging / TRAINER_STATE)
+        _check_readable(staging)
         if write_assets is not None:
             write_assets(staging)
         _publish(staging, path)
     dist.barrier()
+
+
+def _check_readable(path: Path) -> None:
+    """Refuses to write what `trainer_state` would refuse to read: a run must not find that out when it resumes."""
+    try:
+        trainer_state(path)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        shutil.rmtree(path)
+        raise ConfigurationError(
+            f"The trainer's state holds {found[1] if found else 'an object'}, which no checkpoint can give back "
+            "without executing code. Keep to plain values and tensors in hyperparameters "
+            "(save_hyperparameters(ignore=[...])) and in the state_dict() of callbacks."
+        ) from error
 
 
 def _publish(staging: Path, path: Path) -> None:
@@ -85,7 +102,8 @@ def load(path: Path, module: nn.Module, optimizers: list[Optimizer], aliases: Ma
     """Loads weights and optimizer states into the parts that this rank holds; returns the trainer's state. Collective.
 
     Raises:
-        ConfigurationError: `path` is no such checkpoint, or lacks tensors that the model has.
+        ConfigurationError: `path` is no such checkpoint, lacks tensors that the model has or has them in other shapes,
+            or holds weights alone where optimizers are to be restored.
     """
     check(path)
     tensors: dict[str, Any] = {"model": model_state(module, aliases)}
@@ -98,6 +116,21 @@ def load(path: Path, module: nn.Module, optimizers: list[Optimizer], aliases: Ma
             f"{path} lacks {len(missing)} tensors of this model, for example {missing[:3]}: it was "
             "saved by another one."
         )
+    wrong = [
+        f"{name} {tuple(found.size)} for {tuple(tensor.shape)}"
+        for name, tensor in tensors["model"].items()
+        if isinstance(found := stored[f"model.{name}"], TensorStorageMetadata) and found.size != tensor.shape
+    ]
+    if wrong:
+        raise ConfigurationError(
+            f"{path} holds {len(wrong)} tensors of other shapes than this model, for example {wrong[:3]}: it was saved "
+            "by another one."
+        )
+    if optimizers and not any(name.startswith("optimizer_0.") for name in stored):
+        raise ConfigurationError(
+            f"{path} holds weights alone (it was saved with save_weights_only=True), so a run cannot go on from it. "
+            "Use a whole checkpoint, or export this one and start anew from the exported folder."
+        )
     dcp.load(tensors, checkpoint_id=path)
     for index, (optimizer, state) in enumerate(zip(optimizers, states, strict=True)):
         loaded = tensors[f"optimizer_{index}"]
@@ -108,7 +141,8 @@ def load(path: Path, module: nn.Module, optimizers: list[Optimizer], aliases: Ma
 
 def trainer_state(path: Path) -> dict[str, Any]:
     """Loops, schedulers, callbacks and hyperparameters of a checkpoint; unpickles plain data and tensors only."""
-    return torch.load(path / TRAINER_STATE, map_location="cpu", weights_only=True)
+    with torch.serialization.safe_globals([type(Path()), type(PurePath())]):
+        return torch.load(path / TRAINER_STATE, map_location="cpu", weights_only=True)
 
 
 def stored_weights(path: Path, prefix: str = "model.") -> dict[str, TensorStorageMetadata]:

@@ -149,9 +149,11 @@ class TokenDataModule(LightningDataModule):
     def _loader(self, split: str) -> TokenLoader:
         num_replicas, rank = data_coordinates(self.trainer)
         train = split == "train"
-        order = SequenceOrder(
-            self.corpus.split(split).sequences_per_chunk(self.seq_len), seed=self.seed, shuffle=self.shuffle and train
-        )
+        # Trainer(overfit_batches=...) wants the same batches in every epoch.
+        shuffle = not train or (self.shuffle and not getattr(self.trainer, "overfit_batches", 0))
+        sizes = self.corpus.split(split).sequences_per_chunk(self.seq_len)
+        # Shuffled once, so that the first batches (limit_val_batches) are a sample of all held-out text.
+        order = SequenceOrder(sizes, seed=self.seed, shuffle=shuffle, same_every_epoch=not train)
         return TokenLoader(
             Sequences(self.corpus, split, self.seq_len),
             order,
@@ -166,7 +168,7 @@ class TokenDataModule(LightningDataModule):
                 "split": split,
                 "seq_len": self.seq_len,
                 "seed": self.seed,
-                "shuffle": self.shuffle,
+                "shuffle": shuffle,
             },
         )
 

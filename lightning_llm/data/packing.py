@@ -40,6 +40,7 @@ _START = (
 )
 _RECORD = "\x1e"  # starts a line that is ours; every other line is somebody's chatter
 _TAIL_LINES = 30
+_LONGEST_TEXT = 3000
 _LARGEST_SHORT_ID = 1 << 16
 
 
@@ -199,7 +200,8 @@ def _end_with_parent() -> None:
 
 
 def _send(**record: Any) -> None:
-    # One write, past all buffers, so that lines of different workers do not mix.
+    # One write, past all buffers, so that lines of different workers do not mix (up to 4 kB, which a pipe takes whole;
+    # the list of chunks is longer, but is sent when no worker is left).
     data = (_RECORD + json.dumps(record) + "\n").encode()
     while data:
         data = data[os.write(1, data) :]
@@ -227,10 +229,10 @@ class ShardTokens:
                 self._tokenizer.encode_special_tokens = True
             return self._tokens(self._job, self._job.shards[self.split][shard])
         except ConfigurationError as error:
-            _send(error=str(error))
+            _send(error=str(error)[:_LONGEST_TEXT])
             raise
         except Exception:
-            _send(failure=traceback.format_exc())
+            _send(failure=traceback.format_exc()[-_LONGEST_TEXT:])
             raise
 
     def _tokens(self, job: Job, pieces: list[Piece]) -> np.ndarray:

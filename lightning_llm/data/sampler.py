@@ -26,6 +26,7 @@ class SequenceOrder:
         sequences_per_chunk: number of sequences in each chunk, in the order of the files.
         seed: one seed is one order.
         shuffle: False gives 0, 1, 2, ... in every epoch.
+        same_every_epoch: keep the order of epoch 0.
         window_chunks: chunks in a window.
     """
 
@@ -35,10 +36,12 @@ class SequenceOrder:
         *,
         seed: int = 0,
         shuffle: bool = True,
+        same_every_epoch: bool = False,
         window_chunks: int = WINDOW_CHUNKS,
     ) -> None:
         self.seed = seed
         self.shuffle = shuffle
+        self.same_every_epoch = same_every_epoch
         self._sizes = np.asarray(sequences_per_chunk, dtype=np.int64)
         self._firsts = np.cumsum(self._sizes) - self._sizes  # the first sequence of each chunk
         self._window_chunks = window_chunks
@@ -56,6 +59,7 @@ class SequenceOrder:
             raise IndexError(f"places {start}:{stop} are not within the {len(self)} sequences of an epoch")
         if not self.shuffle:
             return np.arange(start, stop, dtype=np.int64)
+        epoch = 0 if self.same_every_epoch else epoch
         self._plan(epoch)
         parts = []
         number = int(np.searchsorted(self._bounds, start, side="right")) - 1

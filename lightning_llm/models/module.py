@@ -170,7 +170,8 @@ class LLMModule(LightningModule):
         Summed losses divided by it, averaged over the data ranks as every strategy averages gradients, are the mean
         over all tokens of the global batch, however unevenly those are spread over ranks and microbatches.
         """
-        count = (labels != IGNORED).sum().to(torch.get_default_dtype())
+        exact = torch.promote_types(torch.get_default_dtype(), torch.float32)  # bfloat16 cannot count beyond 256
+        count = (labels != IGNORED).sum().to(exact)
         return self.trainer.strategy.reduce(count, reduce_op="mean").clamp(min=torch.finfo(count.dtype).tiny)
 
     def forward_loss(self, batch: Mapping[str, Tensor]) -> Tensor:

@@ -255,14 +255,24 @@ def save_weights(
     limit = parse_size(max_shard_size)
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    for leftover in target.glob(".saving-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
+    _remove_leftovers(target)
+    staging = Path(tempfile.mkdtemp(prefix=f".saving-{os.getpid()}-", dir=target))
     try:
         shards, total = _write_shards(tensors, staging, limit)
         return _publish(shards, total, staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what interrupted saves left, but not what another process (a rank that runs the same script) is writing."""
+    for leftover in folder.glob(".saving-*-*"):
+        try:
+            os.kill(int(leftover.name.split("-")[1]), 0)
+        except (ValueError, ProcessLookupError):
+            shutil.rmtree(leftover, ignore_errors=True)
+        except PermissionError:  # alive, and somebody else's
+            continue
 
 
 def _write_shards(tensors: Iterable[tuple[str, Tensor]], staging: Path, limit: int) -> tuple[list[list[str]], int]:

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_llm.errors import ConfigurationError
-from lightning_llm.strategies.mesh import ParallelDims, Size, recommended_sizes
+from lightning_llm.strategies.mesh import ParallelDims, Size, check_size, recommended_sizes
 from lightning_llm.strategies.pipeline import choose_microbatches
 from lightning_llm.strategies.plan import ParallelPlan, plan_of
+
+_CUT = "_lightning_llm_is_cut"
 
 
 def model_in_outline(module: LightningModule) -> nn.Module | None:
@@ -45,13 +47,24 @@ def resolve_dims(
 ) -> ParallelDims:
     """The sizes of a run, with each "auto" decided from the model and the number of processes."""
     tensor, pipeline = 1, 1
+    tensor_auto = tensor_parallel_size == "auto"
+    given = {
+        "data_parallel_size": data_parallel_size,
+        "tensor_parallel_size": tensor_parallel_size,
+        "pipeline_parallel_size": pipeline_parallel_size,
+    }
+    taken = 1
+    for name, size in given.items():
+        if size != "auto":
+            check_size(name, size)
+            taken *= size
     plan = plan_of(model) if model is not None else None
-    if model is not None and plan is not None and "auto" in (tensor_parallel_size, pipeline_parallel_size):
+    if model is not None and plan is not None and "auto" in given.values():
         tensor, pipeline = recommended_sizes(
             sum(parameter.numel() for parameter in model.parameters()),
-            world_size,
+            max(1, world_size // taken),
             devices_per_node,
-            tensor_divides=plan.tensor_divides.values() if plan.tensor_parallel else (1,),
+            tensor_divides=plan.tensor_divides.values() if plan.tensor_parallel and tensor_auto else (1,),
             num_units=len(plan.units(model)) or 1,
         )
     return ParallelDims.resolve(
@@ -63,8 +76,19 @@ def resolve_dims(
     )
 
 
+def mark_as_cut(model: nn.Module) -> None:
+    """Notes that a strategy has replaced parts of this model, so that no other one tries to cut it again."""
+    setattr(model, _CUT, True)
+
+
 def check_plan(model: nn.Module, dims: ParallelDims) -> ParallelPlan | None:
     """The model's plan, if these sizes can be cut from it."""
+    if getattr(model, _CUT, False):
+        raise ConfigurationError(
+            f"This {type(model).__name__.removeprefix('FSDP')} was cut into its parallel parts by an earlier Trainer. "
+            "Call that Trainer's fit(), validate() or test() again, or make a new module and load its checkpoint "
+            "(ckpt_path=...)."
+        )
     plan = plan_of(model)
     if plan is not None:
         plan.check(
@@ -114,7 +138,9 @@ def compare_batches(batch: Any, dims: ParallelDims) -> None:
     A loader that shards by world rank gives tensor-parallel peers different samples, and nothing else would ever tell.
     """
     tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
-    digest = zlib.crc32(b"".join(bytes(tensor.detach().cpu().contiguous().view(-1).numpy().data) for tensor in tensors))
+    # As bytes: numpy does not know every dtype that torch has.
+    whole = (tensor.detach().cpu().contiguous().view(-1).view(torch.uint8) for tensor in tensors)
+    digest = zlib.crc32(b"".join(tensor.numpy().tobytes() for tensor in whole))
     digests: list[Any] = [None] * dims.world_size
     dist.all_gather_object(digests, digest)
     first_with: dict[int, int] = {}
@@ -126,7 +152,7 @@ def compare_batches(batch: Any, dims: ParallelDims) -> None:
                 "were handed different batches. The loader must shard by trainer.distributed_sampler_kwargs, not by "
                 "the world rank, and shuffle with the same seed on all ranks (lightning_llm.TokenDataModule does)."
             )
-    if dims.data_parallel_size > 1 and len(set(digests)) == 1:
+    if dims.data_parallel_size > 1 and tensors and len(set(digests)) == 1:
         rank_zero_warn(
             "All data ranks were handed the same batch: they do the same work. Shard the loader by "
             "trainer.distributed_sampler_kwargs."

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map
 from lightning_llm.checkpoint import distributed as checkpoint_format
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.models.weights import load_weights
-from lightning_llm.strategies.checks import check_plan
+from lightning_llm.strategies.checks import check_plan, mark_as_cut
 from lightning_llm.strategies.mesh import Size
 from lightning_llm.strategies.optimization import (
     LLMPrecision,
@@ -94,6 +94,8 @@ class LLM3DStrategy(ProcessGrid):
         )
         if zero_stage not in (2, 3):
             raise ConfigurationError(f"zero_stage={zero_stage!r} must be 2 or 3.")
+        if microbatches != "auto" and (not isinstance(microbatches, int) or microbatches < 1):
+            raise ConfigurationError(f"microbatches={microbatches!r} must be a whole number of at least 1, or 'auto'.")
         self.zero_stage = zero_stage
         self.plan: ParallelPlan | None = None
         self.pipeline: Pipeline | None = None
@@ -138,7 +140,11 @@ class LLM3DStrategy(ProcessGrid):
         model = getattr(module, "model", None)
         plan = self.plan = check_plan(model if isinstance(model, nn.Module) else module, dims)
         target = module if plan is None else model
-        assert isinstance(target, nn.Module)
+        if not isinstance(target, nn.Module):
+            raise ConfigurationError(
+                f"{type(module).__name__} has a parallel_plan but no `model`. Put the network into self.model, and the "
+                "plan on it."
+            )
         self.precision_plugin.convert_module(target)
         built = not any(parameter.is_meta for parameter in target.parameters())
         if built:
@@ -148,6 +154,8 @@ class LLM3DStrategy(ProcessGrid):
                 self._split(module, target, plan)
             if dims.tensor_parallel_size > 1:
                 apply_tensor_parallel(target, meshes.tensor, plan, sequence_parallel=self.sequence_parallel)
+        if dims.world_size > 1:
+            mark_as_cut(target)
         if dims.data_parallel_size > 1:
             reshard = self.zero_stage == 3 and dims.pipeline_parallel_size == 1
             if plan is None:
@@ -160,6 +168,11 @@ class LLM3DStrategy(ProcessGrid):
             self._materialize(module, target)
 
     def _split(self, module: pl.LightningModule, model: nn.Module, plan: ParallelPlan) -> None:
+        if not module.automatic_optimization:
+            raise ConfigurationError(
+                f"{type(module).__name__} sets automatic_optimization=False. A pipeline runs the backward within its "
+                "schedule, so manual_backward() would do nothing: use automatic optimization."
+            )
         for name in ("loss", "loss_denominator", "forward_loss"):
             if not callable(getattr(module, name, None)):
                 raise ConfigurationError(
@@ -191,7 +204,9 @@ class LLM3DStrategy(ProcessGrid):
     def _copy_from_rank_zero(self, model: nn.Module) -> None:
         if self.world_size > 1:
             for tensor in (*model.parameters(), *model.buffers()):
-                dist.broadcast(tensor.data, src=0)
+                sent = tensor.data.to(self.root_device)  # one at a time: NCCL takes tensors of its devices only
+                dist.broadcast(sent, src=0)
+                tensor.data.copy_(sent)
 
     # -- the step --
 
@@ -200,21 +215,25 @@ class LLM3DStrategy(ProcessGrid):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """The module's training step; in a pipeline it has run the backward too when it returns."""
+        self.check_first_batch(args[0])
         with self._logits_context():
             return super().training_step(*args, **kwargs)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """The module's validation step."""
+        self.check_first_batch(args[0])
         with self._logits_context():
             return super().validation_step(*args, **kwargs)
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         """The module's test step."""
+        self.check_first_batch(args[0])
         with self._logits_context():
             return super().test_step(*args, **kwargs)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """The module's predict step; outputs that are split over ranks are put together."""
+        self.check_first_batch(args[0])
         return tree_map(to_plain, super().predict_step(*args, **kwargs))
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -253,8 +272,9 @@ class LLM3DStrategy(ProcessGrid):
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
         if plugin is not None and not isinstance(plugin, LLMPrecision):
-            device_type = self.root_device.type if self.parallel_devices else "cpu"
-            plugin = LLMPrecision(str(plugin.precision), device_type, self._finish_gradients, self.gradient_norm)
+            plugin = LLMPrecision(
+                str(plugin.precision), lambda: self.root_device.type, self._finish_gradients, self.gradient_norm
+            )
         self._precision_plugin = plugin
 
     def _finish_gradients(self) -> None:
@@ -319,7 +339,9 @@ class LLM3DStrategy(ProcessGrid):
         """Loads weights and optimizer states in place, whatever layout they were saved in; returns the rest."""
         assert self.lightning_module is not None
         path = Path(self.broadcast(checkpoint_path))
-        return checkpoint_format.load(path, self.lightning_module, self.optimizers, self._aliases())
+        fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING  # validation must not touch optimizers
+        optimizers = self.optimizers if fitting else []
+        return checkpoint_format.load(path, self.lightning_module, optimizers, self._aliases())
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Nothing is left to do after `load_checkpoint`."""

@@ -18,6 +18,7 @@ from lightning_llm.errors import ConfigurationError
 Size = int | Literal["auto"]
 
 DENSE_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+AUTOMATIC = ("data_parallel_size", "tensor_parallel_size", "pipeline_parallel_size")  # may be "auto" in a strategy
 EXPERT_AXES = ("pp", "dp_replicate", "efsdp", "ep")
 
 
@@ -53,8 +54,7 @@ class ParallelDims:
 
     def __post_init__(self) -> None:
         for name, size in vars(self).items():
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ConfigurationError(f"{name}={size!r} must be a whole number of at least 1.")
+            check_size(name, size)
         product = self.data_parallel_size * self.model_parallel_size
         if product != self.world_size:
             raise ConfigurationError(
@@ -86,7 +86,14 @@ class ParallelDims:
         expert_parallel_size: int = 1,
     ) -> ParallelDims:
         """Sizes with `data_parallel_size="auto"` replaced by the ranks that the other axes leave."""
-        others = tensor_parallel_size * pipeline_parallel_size * context_parallel_size
+        others = 1
+        for name, size in (
+            ("tensor_parallel_size", tensor_parallel_size),
+            ("pipeline_parallel_size", pipeline_parallel_size),
+            ("context_parallel_size", context_parallel_size),
+        ):
+            check_size(name, size)
+            others *= size
         return cls(
             world_size=world_size,
             data_parallel_size=max(1, world_size // others) if data_parallel_size == "auto" else data_parallel_size,
@@ -253,6 +260,17 @@ def recommended_sizes(
     left = world_size // tensor
     pipeline = max(size for size in range(1, min(pipeline, num_units) + 1) if left % size == 0)
     return tensor, pipeline
+
+
+def check_size(name: str, size: object) -> None:
+    """Refuses what is no number of ranks.
+
+    Raises:
+        ConfigurationError: naming the setting.
+    """
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        auto = ", or 'auto'" if name in AUTOMATIC else ""
+        raise ConfigurationError(f"{name}={size!r} must be a whole number of at least 1{auto}.")
 
 
 def divisors(number: int) -> list[int]:

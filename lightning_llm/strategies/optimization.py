@@ -68,11 +68,16 @@ def gradient_norm(parameters: Iterable[nn.Parameter], ranks_per_stage: int) -> T
             by_copies[ranks_per_stage // shards].append(gradient.to_local())
         elif gradient is not None:
             by_copies[ranks_per_stage].append(gradient)
-    norms = [torch.nn.utils.get_total_norm(gradients) ** 2 / copies for copies, gradients in by_copies.items()]
+    # Squares are added up in float32 at least: in bfloat16 a hundred ranks' shares would vanish beside their sum.
+    norms = [_at_least_float32(torch.nn.utils.get_total_norm(grads)) ** 2 / n for n, grads in by_copies.items()]
     squares = torch.stack(norms).sum() if norms else torch.zeros(())
     if dist.is_initialized():
         dist.all_reduce(squares)
     return squares.sqrt()
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def scale_gradients(parameters: Iterable[nn.Parameter], max_norm: float, total_norm: Tensor) -> None:
@@ -90,7 +95,8 @@ class LLMPrecision(Precision):
     Args:
         precision: "64-true", "32-true", "bf16-true", or "bf16-mixed" (weights in float32, matrices in bfloat16 by
             autocast).
-        device_type: Device type of the autocast region.
+        device_type: Gives the device type of the autocast region. Asked late: Lightning makes the precision before it
+            tells the strategy its devices.
         finish_gradients: Called once per optimizer step when this rank's gradients are complete, before hooks and
             clipping.
         norm: Computes the global gradient norm.
@@ -100,7 +106,11 @@ class LLMPrecision(Precision):
     """
 
     def __init__(
-        self, precision: str, device_type: str, finish_gradients: Callable[[], None], norm: Callable[[], Tensor]
+        self,
+        precision: str,
+        device_type: Callable[[], str],
+        finish_gradients: Callable[[], None],
+        norm: Callable[[], Tensor],
     ) -> None:
         if precision not in PARAMETER_DTYPES:
             raise ConfigurationError(
@@ -132,7 +142,7 @@ class LLMPrecision(Precision):
     def forward_context(self) -> Generator[None, None, None]:
         """Autocast for mixed precision; the default dtype for true precision."""
         if self.precision == "bf16-mixed":
-            with torch.autocast(self._device_type, dtype=torch.bfloat16):
+            with torch.autocast(self._device_type(), dtype=torch.bfloat16):
                 yield
         else:
             with self.tensor_init_context():

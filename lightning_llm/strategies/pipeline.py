@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.tensor import DTensor
 
 from lightning_llm.errors import ConfigurationError
@@ -52,11 +52,17 @@ def keep_stage(model: nn.Module, plan: ParallelPlan, stage: int, num_stages: int
         setattr(model.get_submodule(parent), attribute, None)
 
 
-def choose_microbatches(wanted: int | str, batch_size: int, num_stages: int) -> int:
+def choose_microbatches(wanted: int | str, batch_size: int, num_stages: int, *, strict: bool = True) -> int:
     """Number of microbatches for a rank's batch: `wanted`, or for "auto" the smallest divisor from `2 * num_stages` up.
 
     1F1B idles `(stages - 1) / (microbatches + stages - 1)` of the time, so more are better until each is too small to
     keep the device busy (https://arxiv.org/abs/2104.04473, section 2.2).
+
+    Args:
+        wanted: A number, or "auto".
+        batch_size: Sequences of one data rank.
+        num_stages: Of the pipeline.
+        strict: False takes what is nearest instead of refusing, for the smaller last batch of an epoch.
 
     Raises:
         ConfigurationError: The batch cannot be split so, or there are fewer microbatches than stages.
@@ -66,16 +72,18 @@ def choose_microbatches(wanted: int | str, batch_size: int, num_stages: int) -> 
         count = enough[0] if enough else batch_size
     else:
         count = int(wanted)
-    if batch_size % count:
+    if not strict and (batch_size % count or count < num_stages):
+        return max(divisor for divisor in divisors(batch_size) if divisor <= count)
+    if batch_size < num_stages:
         raise ConfigurationError(
-            f"microbatches({count}) does not divide the {batch_size} sequences that each data rank gets per batch. "
-            f"Choose microbatches from {[d for d in divisors(batch_size) if d >= num_stages] or 'a larger batch'}."
+            f"Each data rank gets {batch_size} sequences per batch, fewer than the {num_stages} pipeline stages. Raise "
+            f"the batch size so that each data rank gets at least {num_stages}, or use fewer stages."
         )
-    if count < num_stages:
+    if batch_size % count or count < num_stages:
         raise ConfigurationError(
-            f"{count} microbatches are fewer than the {num_stages} pipeline stages: each data rank gets {batch_size} "
-            f"sequences per batch. Raise the batch size so that each data rank gets at least {num_stages}, "
-            "or use fewer stages."
+            f"microbatches({count}) must divide the {batch_size} sequences that each data rank gets per batch, and be "
+            f"at least the {num_stages} pipeline stages. "
+            f"Choose microbatches from {[d for d in divisors(batch_size) if d >= num_stages]}."
         )
     return count
 
@@ -104,7 +112,7 @@ class Pipeline:
         self.device = device
         self.microbatches = microbatches
         # Point-to-point buffers are sized by the first batch, so each shape has a schedule of its own.
-        self._schedules: dict[tuple[torch.Size, bool, bool], Schedule1F1B] = {}
+        self._schedules: dict[tuple[torch.Size, bool, bool], Schedule1F1B | ScheduleGPipe] = {}
         self._loss_fn: LossFunction | None = None
 
     @property
@@ -137,7 +145,7 @@ class Pipeline:
         if training:
             schedule.step(*arguments, return_outputs=False, **keywords)
         else:
-            schedule.eval(*arguments, **keywords)
+            schedule.eval(*arguments, return_outputs=False, **keywords)  # logits of a whole batch would be kept
         return self._share_loss(torch.stack([loss.detach() for loss in losses]).sum() if self.is_last else None)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -146,14 +154,17 @@ class Pipeline:
             output = self._schedule(inputs, training=False, with_loss=False).eval(*((inputs,) if self.is_first else ()))
         return self._share_output(to_plain(output) if self.is_last else None)
 
-    def _schedule(self, inputs: Tensor, training: bool, with_loss: bool = True) -> Schedule1F1B:
+    def _schedule(self, inputs: Tensor, training: bool, with_loss: bool = True) -> Schedule1F1B | ScheduleGPipe:
         key = (inputs.shape, training, with_loss)
         if key not in self._schedules:
             stage = PipelineStage(self.module, self.stage, self.num_stages, self.device, group=self.group)
-            count = choose_microbatches(self.microbatches, inputs.shape[0], self.num_stages)
+            # A loader's last batch may be smaller, which must not end the run; but the first one is as it was meant.
+            first = training and not any(trained for _, trained, _ in self._schedules)
+            count = choose_microbatches(self.microbatches, inputs.shape[0], self.num_stages, strict=first)
+            kind = Schedule1F1B if count >= self.num_stages else ScheduleGPipe
             # The loss is already normalised over the whole batch: gradients of microbatches are summed, not averaged.
             loss_fn = self._loss if with_loss else None
-            self._schedules[key] = Schedule1F1B(stage, count, loss_fn=loss_fn, scale_grads=False)
+            self._schedules[key] = kind(stage, count, loss_fn=loss_fn, scale_grads=False)
         return self._schedules[key]
 
     def _loss(self, output: Tensor, target: Tensor) -> Tensor:

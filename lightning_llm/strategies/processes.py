@@ -21,6 +21,7 @@ from lightning.fabric.utilities.distributed import (
 )
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies.parallel import ParallelStrategy
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor, nn
 
@@ -64,7 +65,7 @@ class ProcessGrid(ParallelStrategy):
         self.num_nodes = 1
         self.dims: ParallelDims | None = None
         self._meshes: Meshes | None = None
-        self._batch_compared = False
+        self._stages_checked: set[RunningStage | None] = set()
 
     @property
     def root_device(self) -> torch.device:
@@ -119,8 +120,9 @@ class ProcessGrid(ParallelStrategy):
         self.dims = self._resolve_dims(model)
         if model is not None:
             check_plan(model, self.dims)
-        if hasattr(self.lightning_module, "check"):
-            self.lightning_module.check(datamodule)
+        check = getattr(self.lightning_module, "check", None)
+        if callable(check):
+            check(datamodule)
         if datamodule is not None:
             check_data(
                 datamodule,
@@ -166,14 +168,20 @@ class ProcessGrid(ParallelStrategy):
         self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
         rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Before the first step: do batches fit the layout, and are they the same on all ranks that must share them?"""
-        if not self._batch_compared:
-            seq_len = sequence_length(batch)
-            if seq_len is not None and self.sequence_parallel:
-                check_sequence(seq_len, self.meshes.dims)
-            compare_batches(batch, self.meshes.dims)
-            self._batch_compared = True
+    def check_first_batch(self, batch: Any) -> None:
+        """Before the first step of training, of validation, ...: does its batch fit, and do its peers have the same?
+
+        Every loader may be wrong in its own way, and a batch that does not fit can end a process without a traceback.
+        """
+        assert self.lightning_module is not None
+        stage = self.lightning_module.trainer.state.stage
+        if stage in self._stages_checked:
+            return
+        self._stages_checked.add(stage)
+        seq_len = sequence_length(batch)
+        if seq_len is not None and self.sequence_parallel:
+            check_sequence(seq_len, self.meshes.dims)
+        compare_batches(batch, self.meshes.dims)
 
     def barrier(self, name: str | None = None) -> None:
         """Waits for all ranks."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_llm.data.corpus import TokenizedCorpus
+from lightning_llm.data.corpus import Split, TokenizedCorpus
 from lightning_llm.data.loader import IGNORED
 from lightning_llm.data.module import TokenDataModule
 from lightning_llm.errors import ConfigurationError
@@ -116,8 +117,9 @@ def test_epochs_have_the_same_sequences_in_other_orders(
     assert len(set(epochs[0]) ^ set(epochs[1])) <= 2 * dropped
 
 
-@ENDS
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(
+    ("num_workers", "end"), [(0, {}), (2, {}), (0, {"max_steps": 51}), (0, {"max_steps": 51, "max_epochs": -1})]
+)
 def test_resumed_within_an_epoch_sees_what_the_whole_run_saw(
     corpus: TokenizedCorpus,
     uninterrupted: dict[int, list[Sequence]],
@@ -346,6 +348,18 @@ def test_works_without_a_trainer(corpus: TokenizedCorpus) -> None:
 def test_limits_and_overfitting_work_as_for_any_loader(corpus: TokenizedCorpus, tmp_path: Path) -> None:
     steps = fit(corpus, tmp_path, limit_train_batches=2, max_epochs=2)
     assert sorted(steps) == [0, 1, 2, 3] and steps[0] != steps[2]
+    steps = fit(corpus, tmp_path, overfit_batches=2, max_epochs=2)
+    assert sorted(steps) == [0, 1, 2, 3] and (steps[0], steps[1]) == (steps[2], steps[3])
+
+
+def test_a_corpus_without_validation_trains_without(
+    copied_corpus: Callable[[], TokenizedCorpus], tmp_path: Path
+) -> None:
+    copy = dataclasses.replace(copied_corpus(), val=Split())
+    copy.save(copy.path)
+    module = Recorder()
+    trainer(tmp_path, limit_val_batches=1.0, num_sanity_val_steps=2, max_epochs=1).fit(module, datamodule=data(copy))
+    assert len(module.steps) == 17 and not module.validated
 
 
 @pytest.mark.parametrize(

@@ -373,8 +373,8 @@ def test_a_save_that_dies_while_publishing_never_leaves_a_mixture(before, after,
 
 
 def test_leftovers_of_a_killed_save_are_cleared(tmp_path):
-    (tmp_path / ".saving-dead").mkdir()
-    (tmp_path / ".saving-dead" / "0").write_bytes(b"half")
+    (tmp_path / ".saving-999999999-dead").mkdir()
+    (tmp_path / ".saving-999999999-dead" / "0").write_bytes(b"half")
     save_weights([("a", torch.zeros(2))], tmp_path)
     assert files(tmp_path) == ["model.safetensors"]
 

@@ -1,0 +1,293 @@
+"""Sizes, coordinates and meshes: the grid is one thing, whoever asks for it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_llm import Decoder, DecoderConfig, LLM3DStrategy
+from lightning_llm.errors import ConfigurationError
+from lightning_llm.strategies.checks import resolve_dims
+from lightning_llm.strategies.mesh import AUTOMATIC, DENSE_AXES, EXPERT_AXES, ParallelDims, divisors, recommended_sizes
+from tests.distributed import run_distributed
+
+SIZES = st.integers(1, 4)
+
+
+@st.composite
+def grids(draw: Any) -> ParallelDims:
+    """Any sizes that fit each other, expert axis included."""
+    pipeline, shard, replicate, context, tensor = (draw(SIZES) for _ in range(5))
+    return ParallelDims(
+        world_size=pipeline * replicate * shard * context * tensor,
+        data_parallel_size=replicate * shard,
+        replicate_size=replicate,
+        tensor_parallel_size=tensor,
+        pipeline_parallel_size=pipeline,
+        context_parallel_size=context,
+        expert_parallel_size=draw(st.sampled_from(divisors(shard * context * tensor))),
+    )
+
+
+@settings(deadline=None)
+@given(grids())
+def test_every_rank_has_one_place_in_both_views(dims: ParallelDims) -> None:
+    assert math.prod(dims.dense_shape) == math.prod(dims.expert_shape) == dims.world_size
+    assert len(dims.dense_shape) == len(DENSE_AXES) and len(dims.expert_shape) == len(EXPERT_AXES)
+    places = [dims.coordinates(rank) for rank in range(dims.world_size)]
+    assert len(set(places)) == dims.world_size
+    assert all(0 <= at < size for place in places for at, size in zip(place, dims.dense_shape, strict=True))
+    # Row-major, the last axis fastest: the same numbering that torch's meshes have, and tensor peers are neighbours.
+    grid = torch.arange(dims.world_size).view(dims.dense_shape)
+    assert all(grid[place] == rank for rank, place in enumerate(places))
+
+
+@settings(deadline=None)
+@given(grids())
+def test_ranks_of_one_data_coordinate_are_those_that_share_a_model(dims: ParallelDims) -> None:
+    ranks_of: dict[int, list[int]] = defaultdict(list)
+    for rank in range(dims.world_size):
+        ranks_of[dims.data_rank(rank)].append(rank)
+    assert sorted(ranks_of) == list(range(dims.data_parallel_size))
+    for ranks in ranks_of.values():
+        assert len(ranks) == dims.model_parallel_size
+        places = [dims.coordinates(rank) for rank in ranks]
+        assert len({(replicate, shard) for _, replicate, shard, _, _ in places}) == 1
+        assert len({(stage, context, tensor) for stage, _, _, context, tensor in places}) == len(ranks)
+
+
+@settings(deadline=None)
+@given(
+    world_size=st.integers(1, 64),
+    pipeline=SIZES,
+    data=st.integers(1, 8),
+    context=st.integers(1, 2),
+    tensor=st.integers(1, 8),
+)
+def test_sizes_that_do_not_multiply_are_refused_with_a_way_out(
+    world_size: int, pipeline: int, data: int, context: int, tensor: int
+) -> None:
+    sizes = {
+        "pipeline_parallel_size": pipeline,
+        "data_parallel_size": data,
+        "context_parallel_size": context,
+        "tensor_parallel_size": tensor,
+    }
+    product = pipeline * data * context * tensor
+    if product == world_size:
+        ParallelDims(world_size=world_size, **sizes)
+        return
+    with pytest.raises(ConfigurationError) as refused:
+        ParallelDims(world_size=world_size, **sizes)
+    message = str(refused.value)
+
+    left, right = re.fullmatch(r"(.+) = (\d+) != world size (\d+)\. .*", message).groups()[:2]
+    assert math.prod(int(size) for size in re.findall(r"\((\d+)\)", left)) == int(right) == product
+    assert f"world size {world_size}." in message
+
+    advised = 0
+    if found := re.search(r"Set data_parallel_size to (\d+) or 'auto'", message):
+        fixed = ParallelDims(world_size=world_size, **{**sizes, "data_parallel_size": int(found[1])})
+        assert fixed == ParallelDims.resolve(world_size, **{**sizes, "data_parallel_size": "auto"})
+        advised += 1
+    if found := re.search(r"Start (\d+) processes", message):
+        ParallelDims(world_size=int(found[1]), **sizes)
+        advised += 1
+    if found := re.search(r"choose tensor_parallel_size from \[(.+)\] and data_parallel_size 'auto'", message):
+        for size in found[1].split(", "):
+            ParallelDims.resolve(
+                world_size, **{**sizes, "tensor_parallel_size": int(size), "data_parallel_size": "auto"}
+            )
+        advised += 1
+    assert advised, message
+
+
+@settings(deadline=None)
+@given(shard=st.integers(1, 12), context=st.integers(1, 2), tensor=SIZES, wrong=st.integers(2, 13))
+def test_sizes_that_do_not_divide_are_refused_with_those_that_do(
+    shard: int, context: int, tensor: int, wrong: int
+) -> None:
+    sizes = {"data_parallel_size": shard, "context_parallel_size": context, "tensor_parallel_size": tensor}
+    world_size = shard * context * tensor
+    for name, whole in (("replicate_size", shard), ("expert_parallel_size", world_size)):
+        if whole % wrong == 0:
+            continue
+        with pytest.raises(ConfigurationError, match=rf"^{name}\({wrong}\) does not divide .*\({shard}\)") as refused:
+            ParallelDims(world_size=world_size, **sizes, **{name: wrong})
+        advised = re.search(r"Use one of \[(.+)\]", str(refused.value))
+        assert advised is not None
+        for size in advised[1].split(", "):
+            ParallelDims(world_size=world_size, **sizes, **{name: int(size)})
+
+
+@pytest.mark.parametrize(
+    "name", ["data_parallel_size", "tensor_parallel_size", "pipeline_parallel_size", "replicate_size"]
+)
+@pytest.mark.parametrize("value", [0, -2, "4", "atuo", 2.0, True, None])
+def test_what_is_no_size_is_named(name: str, value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=rf"^{name}={re.escape(repr(value))} must be a whole number"):
+        ParallelDims.resolve(8, **{name: value})
+
+
+@pytest.mark.parametrize("value", [0, -1, "x", 1.5])
+def test_what_is_no_number_of_microbatches_is_named(value: Any) -> None:
+    with pytest.raises(ConfigurationError, match="microbatches="):
+        LLM3DStrategy(microbatches=value)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 5000))
+def test_divisors_are_all_of_them(number: int) -> None:
+    assert divisors(number) == [size for size in range(1, number + 1) if number % size == 0]
+
+
+def test_the_drawing_shows_who_is_where() -> None:
+    dims = ParallelDims.resolve(8, tensor_parallel_size=2, pipeline_parallel_size=2)
+    assert dims.draw().splitlines() == [
+        "8 processes = pipeline(2) * data(2) * tensor(2)",
+        "  stage 0  data 0  tensor [0 1]",
+        "  stage 0  data 1  tensor [2 3]",
+        "  stage 1  data 0  tensor [4 5]",
+        "  stage 1  data 1  tensor [6 7]",
+    ]
+    assert ParallelDims(world_size=1).draw().startswith("1 process = ")
+
+
+@settings(deadline=None)
+@given(grids())
+def test_the_drawing_leaves_no_rank_out_unheard(dims: ParallelDims) -> None:
+    _, *rows = dims.draw().splitlines()
+    per_row = dims.tensor_parallel_size * dims.context_parallel_size
+    more = re.fullmatch(r"  \.\.\. (\d+) more rows", rows[-1])
+    shown = rows[:-1] if more else rows
+    ranks = [int(rank) for row in shown for rank in re.search(r"\[(.*)\]", row)[1].split()]
+    assert ranks == list(range(len(shown) * per_row))
+    assert len(shown) + (int(more[1]) if more else 0) == dims.world_size // per_row
+    for row, first in zip(shown, range(0, dims.world_size, per_row), strict=False):
+        assert f"stage {dims.coordinates(first)[0]}  data {dims.data_rank(first)} " in row
+
+
+@settings(deadline=None)
+@given(
+    num_parameters=st.integers(1, 10**12),
+    nodes=st.integers(1, 64),
+    devices_per_node=st.sampled_from([1, 2, 3, 4, 6, 8, 16]),
+    heads=st.integers(1, 128),
+    num_units=st.integers(1, 128),
+)
+def test_recommended_sizes_can_be_built(
+    num_parameters: int, nodes: int, devices_per_node: int, heads: int, num_units: int
+) -> None:
+    world_size = nodes * devices_per_node
+    tensor, pipeline = recommended_sizes(
+        num_parameters, world_size, devices_per_node, tensor_divides=[heads], num_units=num_units
+    )
+    dims = ParallelDims.resolve(world_size, tensor_parallel_size=tensor, pipeline_parallel_size=pipeline)
+    assert dims.world_size == world_size
+    assert heads % tensor == 0 and devices_per_node % tensor == 0 and pipeline <= num_units
+    if num_parameters < 7e9:
+        assert (tensor, pipeline) == (1, 1)
+
+
+def auto(preset: str, world_size: int, **given: Any) -> tuple[int, int, int]:
+    with torch.device("meta"):
+        model = Decoder(DecoderConfig.preset(preset))
+    sizes: dict[str, Any] = dict.fromkeys(AUTOMATIC, "auto")
+    dims = resolve_dims(
+        model, world_size=world_size, devices_per_node=min(8, world_size), replicate_size=1, **{**sizes, **given}
+    )
+    return dims.data_parallel_size, dims.tensor_parallel_size, dims.pipeline_parallel_size
+
+
+def test_auto_goes_by_the_models_size_and_by_what_is_given() -> None:
+    assert auto("tiny", 8) == (8, 1, 1)
+    assert auto("llama3-8b", 16) == (2, 8, 1)
+    assert auto("llama3-70b", 64) == (2, 8, 4)
+    assert auto("llama3-405b", 256) == (2, 8, 16)
+    # A size that is given takes its ranks away from what "auto" may choose.
+    assert auto("llama3-8b", 8, pipeline_parallel_size=4) == (1, 2, 4)
+    assert auto("llama3-8b", 8, data_parallel_size=2) == (2, 4, 1)
+    assert auto("llama3-70b", 16, tensor_parallel_size=2) == (2, 2, 4)
+    assert auto("qwen2.5-7b", 8) == (2, 4, 1), "28 heads and 4 key-value heads leave 4"
+
+
+LAYOUTS: list[dict[str, int]] = [
+    {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "expert_parallel_size": 4},
+    {"replicate_size": 2, "tensor_parallel_size": 2, "expert_parallel_size": 2},
+    {"pipeline_parallel_size": 4, "context_parallel_size": 2},
+    {"replicate_size": 4, "expert_parallel_size": 2},
+]
+
+
+def build_and_ask() -> list[dict[str, Any]]:
+    """What torch's meshes say about this rank, and whom its groups really reach."""
+    answers = []
+    for sizes in LAYOUTS:
+        meshes = ParallelDims.resolve(dist.get_world_size(), **sizes).build("cpu")
+        axes = {name: meshes.dense[name] for name in DENSE_AXES}
+        if meshes.expert is not None:
+            axes |= {name: meshes.expert[name] for name in EXPERT_AXES if name not in axes}
+        reached = {}
+        for name, axis in axes.items():
+            found: list[Any] = [None] * axis.size()
+            dist.all_gather_object(found, dist.get_rank(), group=axis.get_group())
+            reached[name] = found
+        answers.append(
+            {
+                "dense": tuple(meshes.dense.get_coordinate()),
+                "expert": meshes.expert and tuple(meshes.expert.get_coordinate()),
+                "reached": reached,
+                "stage": meshes.stage,
+                "peers": meshes.model_peers(),
+                "sharding": meshes.sharding.mesh.flatten().tolist(),
+                "tensor": meshes.tensor.mesh.tolist(),
+                "pipeline": meshes.pipeline.mesh.tolist(),
+            }
+        )
+    return answers
+
+
+def ranks_beside(dims: ParallelDims, rank: int, along: set[str]) -> list[int]:
+    """Ranks whose place differs from that of `rank` at most along the axes `along`."""
+    others = [axis for axis, name in enumerate(DENSE_AXES) if name not in along]
+    place = dims.coordinates(rank)
+    return [
+        other
+        for other in range(dims.world_size)
+        if all(dims.coordinates(other)[axis] == place[axis] for axis in others)
+    ]
+
+
+def test_built_meshes_put_the_ranks_where_the_arithmetic_says() -> None:
+    for rank, answers in enumerate(run_distributed(build_and_ask, 8)):
+        for sizes, answer in zip(LAYOUTS, answers, strict=True):
+            dims = ParallelDims.resolve(8, **sizes)
+            place = dims.coordinates(rank)
+            assert answer["dense"] == place
+            for name in DENSE_AXES:
+                line = ranks_beside(dims, rank, {name})
+                assert answer["reached"][name] == line, (sizes, name)
+            assert answer["stage"] == place[0]
+            assert answer["tensor"] == answer["reached"]["tp"]
+            assert answer["pipeline"] == answer["reached"]["pp"]
+            assert answer["peers"] == [r for r in range(8) if dims.data_rank(r) == dims.data_rank(rank)]
+            data_ranks = ranks_beside(dims, rank, {"dp_replicate", "dp_shard"})
+            assert sorted(answer["sharding"]) == data_ranks, "sharded over the data ranks of this stage and tensor rank"
+
+            if dims.expert_parallel_size == 1:
+                assert answer["expert"] is None
+                continue
+            grid = torch.arange(8).view(dims.expert_shape)
+            assert grid[answer["expert"]] == rank
+            assert answer["expert"][:2] == place[:2], "both views agree on stages and replicas"
+            assert len(answer["reached"]["ep"]) == dims.expert_parallel_size
+            experts_of_layer = set(answer["reached"]["ep"]) | set(answer["reached"]["efsdp"])
+            assert all(dims.coordinates(other)[:2] == place[:2] for other in experts_of_layer)
