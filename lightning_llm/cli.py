@@ -136,7 +136,7 @@ def generate(
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
             print(text[len(written) :], end="", flush=True)
             written = text
-    print()
+    print(tokenizer.decode(ids)[len(written) :])
 
 
 def doctor(*, json: bool = False) -> int:

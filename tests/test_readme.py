@@ -74,8 +74,9 @@ def test_the_example_trains(data: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [
             *(COMMAND, "fit", "-c", ROOT / "examples/stdlib/train.yaml", f"--data.path={data}"),
-            *("--trainer.devices=4", "--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.log_every_n_steps=1"),
-            *("--trainer.limit_val_batches=1", "--data.batch_size=8", "--data.seq_len=32"),
+            *("--trainer.devices=4", "--trainer.max_steps=2", "--trainer.val_check_interval=2"),
+            *("--trainer.log_every_n_steps=1", "--trainer.limit_val_batches=1"),
+            *("--data.batch_size=8", "--data.seq_len=32"),
         ],
         cwd=tmp_path,
         capture_output=True,

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 
 class RunSummary(Callback):
-    """Prints the final losses, tokens per second (with `Throughput`), the checkpoints and the log folders after a fit."""
+    """Prints final losses, tokens per second (with `Throughput`), checkpoints and log folders after a fit."""
 
     @override
     @rank_zero_only
@@ -34,7 +34,8 @@ class RunSummary(Callback):
                     line += f", {guess - metrics[name]:.2f} below a blind guess (ln {vocab_size} = {guess:.2f})"
                 found.append(line)
         found += [f"checkpoint  {path}" for path in self._checkpoints(trainer)]
-        found += [f"logs        {_short(path)}" for logger in trainer.loggers if (path := logger.log_dir or logger.save_dir)]
+        folders = [logger.log_dir or logger.save_dir for logger in trainer.loggers]
+        found += [f"logs        {_short(folder)}" for folder in folders if folder]
         return found
 
     def _checkpoints(self, trainer: Trainer) -> list[str]:

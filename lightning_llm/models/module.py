@@ -1,8 +1,9 @@
 """`LLMModule`: a decoder as a LightningModule. What users hand to the Trainer; strategies ask it for its seams.
 
 The seams, all optional for a module of your own: `build_model()` (checked on the meta device before anything starts),
-`weight_source()` (fills a model that was built on the meta device), `check(datamodule)`, `loss()`, `loss_denominator()` and
-`forward_loss()` (what a pipeline schedules), `write_assets()` (files that a checkpoint carries along).
+`weight_source()` (fills a model that was built on the meta device), `check(datamodule)`, `loss()`,
+`loss_denominator()` and `forward_loss()` (what a pipeline schedules), `write_assets()` (files that a checkpoint
+carries along).
 """
 
 from __future__ import annotations
@@ -210,7 +211,7 @@ class LLMModule(LightningModule):
         vectors = [p for p in self.parameters() if p.requires_grad and p.ndim < 2]
         groups = [{"params": matrices, "weight_decay": self.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         groups = [group for group in groups if group["params"]]
-        optimizer = AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=self.eps)
+        optimizer = AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=True)
         scheduler = LambdaLR(optimizer, self._learning_rate_factor(self._total_steps()))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -236,7 +237,11 @@ class LLMModule(LightningModule):
             return trainer.max_steps
         steps_per_epoch = getattr(getattr(trainer, "datamodule", None), "steps_per_epoch", None)
         if steps_per_epoch and trainer.max_epochs and trainer.max_epochs > 0:
-            return steps_per_epoch * trainer.max_epochs
+            parts = trainer.accumulate_grad_batches
+            limit = trainer.limit_train_batches  # a number of batches, or a share of them
+            batches = steps_per_epoch * parts
+            batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+            return math.ceil(batches / parts) * trainer.max_epochs
         if self.schedule != "constant":
             raise ConfigurationError(
                 f"schedule={self.schedule!r} needs to know the length of the run. Set Trainer(max_steps=...), or use "

@@ -265,7 +265,7 @@ def save_weights(
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Removes what interrupted saves left, but not what another process (a rank that runs the same script) is writing."""
+    """Removes what interrupted saves left, but not what another process (a rank of the same script) is writing."""
     for leftover in folder.glob(".saving-*-*"):
         try:
             os.kill(int(leftover.name.split("-")[1]), 0)

@@ -101,6 +101,7 @@ class LLM3DStrategy(ProcessGrid):
         self.pipeline: Pipeline | None = None
         self._tied_group: dist.ProcessGroup | None = None
         self._parallelized: nn.Module | None = None
+        self._scheduled_loss: Tensor | None = None
         self._gradient_norm: Tensor | None = None
 
     # -- the model --
@@ -181,7 +182,7 @@ class LLM3DStrategy(ProcessGrid):
         keep_stage(model, plan, self.meshes.stage, self.meshes.dims.pipeline_parallel_size)
         self.pipeline = Pipeline(model, self.meshes.pipeline, self.root_device, self.microbatches)
         if plan.tied:
-            self._tied_group = ends_group(self.meshes.dense)
+            self._tied_group = ends_group(self.meshes.dense, self.timeout)
         # The module's own training_step still runs on every rank and logs as always; what it calls is now the schedule.
         module.forward_loss = self._pipelined_loss  # type: ignore[assignment]
         module.forward = self.pipeline.forward  # type: ignore[method-assign]
@@ -216,8 +217,17 @@ class LLM3DStrategy(ProcessGrid):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """The module's training step; in a pipeline it has run the backward too when it returns."""
         self.check_first_batch(args[0])
+        self._scheduled_loss = None
         with self._logits_context():
-            return super().training_step(*args, **kwargs)
+            output = tree_map(to_plain, super().training_step(*args, **kwargs))
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if self.pipeline is not None and (loss is None or loss is not self._scheduled_loss):
+            raise ConfigurationError(
+                f"{type(self.lightning_module).__name__}.training_step() must return the value of forward_loss(batch) "
+                "as it is: a pipeline has run the backward by then, so another loss would have no effect. Put what you "
+                "add to the loss into loss(), which the pipeline calls for each microbatch."
+            )
+        return output
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """The module's validation step."""
@@ -260,7 +270,8 @@ class LLM3DStrategy(ProcessGrid):
             batch["labels"],
             lambda output, target: module.loss(output, target) / (denominator * parts),
         )
-        return loss * parts
+        self._scheduled_loss = loss * parts
+        return self._scheduled_loss
 
     # -- optimization --
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from lightning_llm.errors import ConfigurationError
 
@@ -173,12 +175,21 @@ class ParallelDims:
                 break
         return "\n".join(lines)
 
-    def build(self, device_type: str) -> Meshes:
-        """Creates the process groups. Collective: every rank calls it once, after `init_process_group`."""
+    def build(self, device_type: str, timeout: timedelta | None = None) -> Meshes:
+        """Creates the process groups. Collective: every rank calls it once, after `init_process_group`.
+
+        Args:
+            device_type: "cpu", "cuda", ...
+            timeout: Of collectives within the groups; None takes torch's default.
+        """
         dense = init_device_mesh(device_type, self.dense_shape, mesh_dim_names=DENSE_AXES)
         expert = None
         if self.expert_parallel_size > 1:
             expert = init_device_mesh(device_type, self.expert_shape, mesh_dim_names=EXPERT_AXES)
+        if timeout is not None:
+            # New groups do not inherit the timeout of `init_process_group`: a hung peer would block for half an hour.
+            for group in (*dense.get_all_groups(), *(expert.get_all_groups() if expert is not None else ())):
+                _set_pg_timeout(timeout, group)
         return Meshes(dims=self, dense=dense, expert=expert)
 
     def _suggestion(self) -> str:

@@ -7,6 +7,7 @@ whole batch in one call. Stages talk point to point; what flows is whatever a bl
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -169,7 +170,7 @@ class Pipeline:
 
     def _loss(self, output: Tensor, target: Tensor) -> Tensor:
         assert self._loss_fn is not None
-        return self._loss_fn(output, target)
+        return to_plain(self._loss_fn(output, target))
 
     def _share_loss(self, loss: Tensor | None) -> Tensor:
         """Gives the last stage's loss to all stages, so that logging and callbacks see one value everywhere."""
@@ -201,12 +202,17 @@ class AliasedSource:
         return self._source.read(self._owner_of.get(name, name), box, shape)
 
 
-def ends_group(dense_mesh: DeviceMesh) -> dist.ProcessGroup | None:
-    """The group of the first and the last stage of this rank's pipeline; None on stages between. Collective."""
+def ends_group(dense_mesh: DeviceMesh, timeout: timedelta | None = None) -> dist.ProcessGroup | None:
+    """The group of the first and the last stage of this rank's pipeline; None on stages between. Collective.
+
+    Args:
+        dense_mesh: With the pipeline as its first axis.
+        timeout: Of collectives within the group; None takes torch's default.
+    """
     grid = dense_mesh.mesh.reshape(dense_mesh.shape[0], -1)
     mine = None
     for first, last in zip(grid[0].tolist(), grid[-1].tolist(), strict=True):
-        group = dist.new_group([first, last])
+        group = dist.new_group([first, last], timeout=timeout)
         if dist.get_rank() in (first, last):
             mine = group
     return mine

@@ -36,6 +36,7 @@ from lightning_llm.strategies.checks import (
 )
 from lightning_llm.strategies.launcher import ProcessLauncher, die_with_launcher, first_to_fail
 from lightning_llm.strategies.mesh import Meshes, ParallelDims, Size
+from lightning_llm.strategies.tensor import to_plain
 
 
 class ProcessGrid(ParallelStrategy):
@@ -158,7 +159,7 @@ class ProcessGrid(ParallelStrategy):
         device_id = self.root_device if self.root_device.type != "cpu" else None
         _init_dist_connection(self.cluster_environment, backend, timeout=self.timeout, device_id=device_id)
         assert self.dims is not None
-        self._meshes = self.dims.build(self.root_device.type)
+        self._meshes = self.dims.build(self.root_device.type, self.timeout)
         rank_zero_info(self.dims.draw())
 
     def set_world_ranks(self) -> None:
@@ -197,11 +198,23 @@ class ProcessGrid(ParallelStrategy):
         return objects[0]
 
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
-        """Mean (or another reduction) over all ranks.
+        """Mean (or another reduction) over the data ranks, the same to the last bit on all ranks.
 
-        Ranks of one data coordinate hold equal values, so the mean over the world is the mean over the data ranks.
+        Ranks of one data coordinate hold equal values: mean, maximum and minimum over the world are those over the data
+        ranks, and a sum has each value as often as ranks share a model.
         """
-        return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if isinstance(tensor, Tensor) else tensor
+        if not isinstance(tensor, Tensor):
+            return tensor
+        reduced = _sync_ddp_if_available(to_plain(tensor), group, reduce_op=reduce_op)
+        if reduce_op in ("sum", dist.ReduceOp.SUM) and self._meshes is not None:
+            copies = self._meshes.dims.model_parallel_size
+            reduced = reduced / copies if reduced.is_floating_point() else reduced // copies
+        return reduced
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Whether all ranks (or any rank) decided so; every rank has a vote here, whatever its data coordinate."""
+        votes = _sync_ddp_if_available(torch.tensor(int(decision), device=self.root_device), reduce_op="sum")
+        return bool(votes == self.world_size) if all else bool(votes)
 
     def on_exception(self, exception: BaseException) -> None:
         """The first rank that fails raises; the others, which see closed connections, leave quietly."""

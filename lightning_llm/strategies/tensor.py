@@ -23,6 +23,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from lightning_llm.errors import ConfigurationError
 from lightning_llm.strategies.plan import ParallelPlan, TensorStyle
 
 SEQUENCE_DIM = 1  # of [batch, seq, hidden]
@@ -59,6 +60,9 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, plan: ParallelPlan
         plan: Names the style of each module.
         sequence_parallel: Between the blocks each rank keeps `seq / tensor_parallel_size` of the sequence, so that
             norms and residuals are not computed `tensor_parallel_size` times; the sequence length must then divide.
+
+    Raises:
+        ConfigurationError: The plan leaves out parameters that each rank would train on its part of the sequence alone.
     """
     styles = _styles(sequence_parallel)
     for name, module in list(model.named_modules()):
@@ -67,6 +71,15 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, plan: ParallelPlan
                 parallelize_module(module, mesh, styles[style])
     for owner, copy in plan.tied:
         retie(model, owner, copy)
+    if sequence_parallel:
+        plain = [n for n, p in model.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
+        if plain:
+            raise ConfigurationError(
+                f"The plan of {type(model).__name__} gives no tensor-parallel style to {len(plain)} parameters, for "
+                f"example {plain[:3]}. With sequence parallelism each rank would train its copy on a part of the "
+                "sequence, and the copies would drift apart. Name their modules in `tensor_parallel` ('norm' is for "
+                "whatever works on each position by itself), or set sequence_parallel to false."
+            )
 
 
 def logits_context() -> AbstractContextManager[None]:

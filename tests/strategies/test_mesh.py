@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from lightning_llm.errors import ConfigurationError
 from lightning_llm.strategies.checks import resolve_dims
 from lightning_llm.strategies.mesh import AUTOMATIC, DENSE_AXES, EXPERT_AXES, ParallelDims, divisors, recommended_sizes
 from tests.distributed import run_distributed
+from tests.strategies.training import SMALL, loader, make_module, make_trainer
 
 SIZES = st.integers(1, 4)
 
@@ -291,3 +293,18 @@ def test_built_meshes_put_the_ranks_where_the_arithmetic_says() -> None:
             assert len(answer["reached"]["ep"]) == dims.expert_parallel_size
             experts_of_layer = set(answer["reached"]["ep"]) | set(answer["reached"]["efsdp"])
             assert all(dims.coordinates(other)[:2] == place[:2] for other in experts_of_layer)
+
+
+def timeouts() -> list[float]:
+    """Of the groups that a strategy uses, seconds."""
+    strategy = LLM3DStrategy(tensor_parallel_size=2, pipeline_parallel_size=2, timeout=timedelta(seconds=77))
+    trainer = make_trainer(strategy, dist.get_world_size(), max_steps=1, limit_val_batches=0)
+    trainer.fit(make_module(SMALL.replace(tie_word_embeddings=True)), loader(trainer, strategy))
+    groups = [*strategy.meshes.dense.get_all_groups(), strategy._tied_group]
+    backends = [group._get_backend(torch.device("cpu")) for group in groups if group is not None]
+    return [backend.options._timeout.total_seconds() for backend in backends]
+
+
+def test_a_hung_peer_is_noticed_after_the_time_that_was_set() -> None:
+    for seconds in run_distributed(timeouts, 4):
+        assert seconds == [77] * 6, "five axes, and the stages that share a tied tensor"

@@ -20,7 +20,17 @@ from lightning_llm.data.tokenize import tokenize
 from lightning_llm.strategies.mesh import ParallelDims
 from lightning_llm.strategies.optimization import PARAMETER_DTYPES
 from tests.distributed import run_distributed
-from tests.strategies.training import BATCH_SIZE, SMALL, VOCAB, Recorder, TokenRows, loader, make_module, make_trainer
+from tests.strategies.training import (
+    BATCH_SIZE,
+    SEQ_LEN,
+    SMALL,
+    VOCAB,
+    Recorder,
+    TokenRows,
+    loader,
+    make_module,
+    make_trainer,
+)
 
 TP2 = {"tensor_parallel_size": 2}
 PP2 = {"pipeline_parallel_size": 2}
@@ -35,6 +45,7 @@ class Talkative(LLMModule):
         loss = super().training_step(batch, batch_idx)
         self.log("twice", 2 * loss.detach(), on_step=True, on_epoch=True)
         self.log_dict({"index": float(batch_idx), "three": 3}, on_step=False, on_epoch=True, sync_dist=True)
+        self.log("tokens", batch["labels"].numel(), reduce_fx="sum", sync_dist=True)
         if self.trainer.is_global_zero:
             self.log("of_rank_zero", float(batch_idx), rank_zero_only=True)
         return loss
@@ -61,6 +72,7 @@ def user_run(world_size: int, sizes: dict[str, Any], folder: Path) -> dict[str, 
         max_epochs=2,
         limit_train_batches=6,
         limit_val_batches=2,
+        limit_test_batches=2,
         val_check_interval=3,
         log_every_n_steps=2,
     )
@@ -77,14 +89,11 @@ def user_run(world_size: int, sizes: dict[str, Any], folder: Path) -> dict[str, 
         "best": (best.best_model_path, float(best.best_model_score)),
         "worst": (worst.best_model_path, float(worst.best_model_score)),
     }
-    for name, options in {
-        "now": {},
-        "best again": {"ckpt_path": "best"},
-        "worst again": {"ckpt_path": worst.best_model_path},
-    }.items():
-        seen[name] = trainer.validate(module, evaluated, verbose=False, **options)
+    seen["now"] = trainer.validate(module, evaluated, verbose=False)
+    seen["best again"] = trainer.validate(module, evaluated, verbose=False, ckpt_path="best")
     seen["test"] = trainer.test(module, evaluated, verbose=False, ckpt_path="best")
-    seen["predicted"] = trainer.predict(module, evaluated, ckpt_path=worst.best_model_path)
+    seen["worst again"] = trainer.validate(module, evaluated, verbose=False, ckpt_path=worst.best_model_path)
+    seen["predicted"] = trainer.predict(module, evaluated)
     return seen
 
 
@@ -114,6 +123,7 @@ def test_all_ranks_see_the_metrics_of_one_process(runs: dict[str, Any]) -> None:
         "epoch_squared",
     }
     assert names <= one["metrics"].keys()
+    assert one["metrics"]["tokens"] == BATCH_SIZE * SEQ_LEN, "a sum is over samples, whoever shares the work on them"
     assert one["metrics"]["three"] == 3 and one["metrics"]["index"] == 2.5 and one["metrics"]["epoch_squared"] == 1
     for rank, seen in enumerate(four):
         assert (seen["global_step"], seen["epoch"]) == (12, 2)
@@ -158,7 +168,8 @@ def rows_of(folder: Path) -> list[dict[str, float]]:
 
 def test_the_log_is_that_of_one_process(runs: dict[str, Any]) -> None:
     one, four = (rows_of(runs["folders"][name]) for name in ("one", "four"))
-    assert [row["step"] for row in one if "val_loss" in row] == [2, 5, 8, 11]
+    fitting = [row["step"] for row in one if "val_loss" in row and row["step"] < 12]
+    assert fitting == [2, 5, 8, 11], "the later ones are of trainer.validate()"
     assert [row["lr-AdamW/pg1"] for row in one if "lr-AdamW/pg1" in row] == pytest.approx(
         [5e-3 * min(1, step / 8) for step in (2, 4, 6, 8, 10, 12)]
     )
@@ -178,6 +189,28 @@ class Steps(Callback):
         self.batches += 1
 
 
+def decide(world_size: int, sizes: dict[str, Any]) -> list[bool]:
+    """Decisions on which ranks differ, and sums of whole numbers."""
+    strategy = LLM3DStrategy(**sizes)
+    trainer = make_trainer(strategy, world_size, max_steps=1, limit_val_batches=0)
+    trainer.fit(make_module(), loader(trainer, strategy))
+    last = strategy.global_rank == world_size - 1
+    rank = trainer.distributed_sampler_kwargs["rank"]
+    return [
+        strategy.reduce_boolean_decision(last, all=False),
+        strategy.reduce_boolean_decision(not last, all=True),
+        strategy.reduce_boolean_decision(True, all=True),
+        strategy.reduce_boolean_decision(False, all=False),
+        int(strategy.reduce(torch.tensor(3 + rank), reduce_op="sum")),
+        float(strategy.reduce(torch.tensor(3.0 + rank), reduce_op="mean")),
+        int(strategy.reduce(torch.tensor(3 + rank), reduce_op="max")),
+    ]
+
+
+def test_ranks_agree_on_decisions_and_sums() -> None:
+    assert run_distributed(decide, 4, 4, TP2) == [[True, False, True, False, 3 + 4, 3.5, 4]] * 4
+
+
 def stop_early(world_size: int, sizes: dict[str, Any]) -> tuple[int, int, int]:
     strategy, steps = LLM3DStrategy(**sizes), Steps()
     stopping = EarlyStopping("val_loss", mode="max", patience=2)  # the loss falls, so the third check is the last
@@ -194,10 +227,15 @@ def in_precisions(world_size: int, sizes: dict[str, Any], names: list[str]) -> d
     seen = {}
     for name in names:
         strategy, recorder = LLM3DStrategy(**sizes), Recorder()
-        trainer = make_trainer(strategy, world_size, callbacks=[recorder], max_steps=6, precision=name)
+        trainer = make_trainer(
+            strategy, world_size, callbacks=[recorder], max_steps=4, val_check_interval=4, precision=name
+        )
         module = make_module()
         trainer.fit(module, loader(trainer, strategy), loader(trainer, strategy, rows=16))
+        with trainer.precision_plugin.forward_context():
+            count = module.loss_denominator(torch.zeros(7, 143, dtype=torch.long))
         seen[name] = {
+            "count": float(count),
             "losses": recorder.losses,
             "norms": recorder.grad_norms,
             "val_loss": float(trainer.callback_metrics["val_loss"]),
@@ -214,6 +252,7 @@ def test_every_precision_trains_close_to_float32() -> None:
             assert seen[name]["dtypes"] == {PARAMETER_DTYPES[name]}
             assert seen[name]["losses"] == pytest.approx(expected["losses"], abs=limit), name
             assert seen[name]["losses"] != expected["losses"]
+            assert seen[name]["count"] == 7 * 143, "tokens are counted exactly"
             assert seen[name]["val_loss"] == pytest.approx(expected["val_loss"], abs=limit), name
             assert seen[name]["norms"] == pytest.approx(expected["norms"], rel=2 * limit), name
 
@@ -266,11 +305,15 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def by_epochs(world_size: int, sizes: dict[str, Any], corpus: Path) -> dict[str, Any]:
+def by_epochs(
+    world_size: int, sizes: dict[str, Any], corpus: Path, options: dict[str, Any] | None = None
+) -> dict[str, Any]:
     recorder = Recorder()
-    trainer = make_trainer(LLM3DStrategy(**sizes), world_size, callbacks=[recorder], max_steps=-1, max_epochs=2)
-    module = make_module(SMALL.replace(vocab_size=300, max_position_embeddings=256))
-    data = TokenDataModule(corpus, batch_size=8, seq_len=256)
+    trainer = make_trainer(
+        LLM3DStrategy(**sizes), world_size, callbacks=[recorder], max_steps=-1, max_epochs=2, **(options or {})
+    )
+    module = make_module(SMALL.replace(vocab_size=300, max_position_embeddings=512))
+    data = TokenDataModule(corpus, batch_size=8, seq_len=512)
     trainer.fit(module, datamodule=data)
     return {
         "losses": recorder.losses,
@@ -283,11 +326,25 @@ def by_epochs(world_size: int, sizes: dict[str, Any], corpus: Path) -> dict[str,
 def test_epochs_of_a_token_data_module_set_the_length_of_the_run(corpus: Path) -> None:
     one = run_distributed(by_epochs, 1, 1, {}, corpus)[0]
     assert one["rate"] == pytest.approx(5e-4), "the schedule has reached its minimum"
-    for seen in run_distributed(by_epochs, 4, 4, {**TP2, **PP2}, corpus):
+    for seen in run_distributed(by_epochs, 2, 2, PP2, corpus):
         assert seen["steps"][0] == seen["steps"][1] == len(seen["losses"]) > 4
         assert seen["losses"] == pytest.approx(one["losses"], abs=TOLERANCE)
         assert seen["val_loss"] == pytest.approx(one["val_loss"], abs=TOLERANCE)
         assert seen["rate"] == one["rate"]
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"limit_train_batches": 3}, 6),
+        ({"limit_train_batches": 5, "accumulate_grad_batches": 2}, 6),
+        ({"limit_train_batches": 0.5, "accumulate_grad_batches": 2}, None),
+    ],
+)
+def test_limited_epochs_set_it_too(corpus: Path, options: dict[str, Any], steps: int | None) -> None:
+    seen = run_distributed(by_epochs, 1, 1, {}, corpus, options)[0]
+    assert seen["steps"][0] == steps or (steps is None and 2 < seen["steps"][0] < seen["steps"][1])
+    assert seen["rate"] == pytest.approx(5e-4), "the schedule has reached its minimum"
 
 
 def by_name(name: str) -> tuple[ParallelDims, list[float]]:
