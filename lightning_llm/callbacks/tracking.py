@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from lightning.pytorch.loggers import WandbLogger as _LightningWandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from typing_extensions import override
 
 from lightning_llm.errors import ConfigurationError
 
@@ -53,6 +54,13 @@ class WandbLogger(_LightningWandbLogger):
             )
         Path(save_dir).mkdir(parents=True, exist_ok=True)  # wandb would fall back to a temporary folder
         super().__init__(offline=is_offline, save_dir=save_dir, **kwargs)
+
+    @property
+    @override
+    def log_dir(self) -> str | None:
+        """The folder of this run, once it has begun; None on ranks that do not log."""
+        folder = getattr(self.experiment, "dir", None)
+        return str(Path(folder).parent) if isinstance(folder, str) else None
 
 
 def _wandb_installed() -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import pickle
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
@@ -158,7 +159,9 @@ def iterate_weights(path: Path, prefix: str = "model.") -> Iterator[tuple[str, T
     """The weights of a checkpoint one by one, whole, on one process, in sorted order of their names."""
     for name, found in sorted(stored_weights(path, prefix).items()):
         state = {f"model.{prefix}{name}": torch.empty(found.size, dtype=found.properties.dtype)}
-        dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+            dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=True)
         yield name, next(iter(state.values()))
 
 

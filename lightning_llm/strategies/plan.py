@@ -67,6 +67,13 @@ class ParallelPlan:
                     f"pipeline_parallel_size={pipeline_parallel_size}, but the plan of {type(model).__name__} names no "
                     "pipeline units. Add `pipeline_units` to its ParallelPlan."
                 )
+            modules = dict(model.named_modules())
+            unknown = [n for n in (self.pipeline_units, *self.pipeline_first, *self.pipeline_last) if n not in modules]
+            if unknown:
+                raise ConfigurationError(
+                    f"The plan of {type(model).__name__} names {unknown} for the pipeline, but the model has no such "
+                    "modules. Names are those of named_modules()."
+                )
             units = len(self.units(model))
             if pipeline_parallel_size > units:
                 raise ConfigurationError(

@@ -172,7 +172,8 @@ CALLS = [
     ("train", 8, 16),
     ("train", 8, 16),
     ("eval", 8, 16),
-    ("train", 4, 12),  # another batch size and another length
+    ("train", 8, 12),  # another length
+    ("train", 4, 16),  # another batch size
     ("forward", 8, 16),
     ("forward", 6, 8),
     ("train", 8, 16),

@@ -78,6 +78,10 @@ class WithMethod(Small):
         return ParallelPlan(pipeline_units="blocks", tensor_divides={"rows": self.inner.out_features})
 
 
+class Misspelt(Small):
+    parallel_plan = ParallelPlan(pipeline_units="blocks", pipeline_first=("inner",), pipeline_last=("outer", "nrom"))
+
+
 class OtherDecoder(Decoder):
     """Somebody's variant: the plan of its base class is its own."""
 
@@ -120,6 +124,12 @@ def test_a_plan_is_an_attribute_or_a_method_or_none() -> None:
             {"pipeline_parallel_size": 4},
             r"pipeline_parallel_size\(4\) is more than the 3 layers of the model\. Use at most 3\.",
             id="more stages than units",
+        ),
+        pytest.param(
+            Misspelt(),
+            {"pipeline_parallel_size": 2},
+            r"plan of Misspelt names \['outer', 'nrom'\] for the pipeline, but the model has no such modules",
+            id="unknown names",
         ),
         pytest.param(
             Small(),

@@ -161,6 +161,19 @@ def test_predictions_are_whole_and_those_of_one_process(runs: dict[str, Any]) ->
             torch.testing.assert_close(logits, wanted, atol=1e-3, rtol=0)
 
 
+def predict(world_size: int, sizes: dict[str, Any]) -> list[Tensor]:
+    strategy = LLM3DStrategy(**sizes)
+    trainer = make_trainer(strategy, world_size)
+    return trainer.predict(make_module(), loader(trainer, strategy, rows=8))
+
+
+def test_predictions_are_whole_without_a_pipeline_too() -> None:
+    (expected,) = run_distributed(predict, 1, 1, {})[0]
+    for (logits,) in run_distributed(predict, 2, 2, TP2):
+        assert type(logits) is Tensor
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
 def rows_of(folder: Path) -> list[dict[str, float]]:
     with (folder / "logs" / "version_0" / "metrics.csv").open() as file:
         return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
