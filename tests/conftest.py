@@ -10,8 +10,21 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("KMP_INIT_AT_FORK", "FALSE")
 
 import warnings
+from collections.abc import Iterator
 
+import pytest
 import torch
+import torch.distributed as dist
 
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_stays() -> Iterator[None]:
+    """A group in the test process would be inherited by every rank that a later test forks: such tests run in ranks."""
+    yield
+    assert not dist.is_initialized(), (
+        "this test connected its own process: run it with tests.distributed.run_distributed"
+    )
+    assert "LOCAL_RANK" not in os.environ, "this test told its own process that it is a rank"

@@ -10,13 +10,15 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_llm import LLM3DStrategy
 from lightning_llm.callbacks import Throughput
 from lightning_llm.callbacks.throughput import _Stopwatch, dense_bf16_peak, model_flops_utilization
 from lightning_llm.errors import ConfigurationError
 from tests.callbacks.tiny import Bigram, batches, trainer
+from tests.distributed import run_distributed
+from tests.strategies.training import BATCH_SIZE, SEQ_LEN, loader, make_module, make_trainer
 
 TOKENS_PER_BATCH = 2 * 8
 
@@ -95,20 +97,17 @@ def test_validation_and_checkpoints_are_not_timed(tmp_path: Path, hook: str) -> 
     assert run.callback_metrics["step_time"] < 0.1
 
 
-class TwoOfFourRanks(DDPStrategy):
-    """A strategy in which two of four processes share each batch, as tensor parallel ranks do."""
-
-    @property
-    def distributed_sampler_kwargs(self) -> dict[str, int]:
-        return {"num_replicas": 2, "rank": 0}
-
-
-def test_tokens_are_those_of_all_data_ranks_not_of_all_processes(tmp_path: Path) -> None:
+def tokens_seen_in(world_size: int, sizes: dict[str, int]) -> int:
     throughput = Throughput()
-    strategy = TwoOfFourRanks(process_group_backend="gloo")
-    run = trainer(tmp_path, max_steps=3, callbacks=[throughput], strategy=strategy, use_distributed_sampler=False)
-    run.fit(Bigram(), batches(3))
-    assert throughput.tokens_seen == 3 * TOKENS_PER_BATCH * 2
+    strategy = LLM3DStrategy(**sizes)
+    run = make_trainer(strategy, world_size, max_steps=3, callbacks=[throughput])
+    run.fit(make_module(), loader(run, strategy))
+    return throughput.tokens_seen
+
+
+def test_tokens_are_those_of_all_data_ranks_not_of_all_processes() -> None:
+    seen = run_distributed(tokens_seen_in, 4, 4, {"tensor_parallel_size": 2})
+    assert seen == [3 * BATCH_SIZE * SEQ_LEN] * 4
 
 
 def test_tokens_seen_continue_after_a_resume(tmp_path: Path) -> None:
