@@ -103,6 +103,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-5,
     },
+    "small": {
+        "model_type": "llama",
+        "vocab_size": 4096,
+        **_sizes(384, 1024, 6, 6, 2),
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+    },
     # SmolLM2-135M is the one of the three that was initialised with 1/sqrt(hidden_size).
     "smollm2-135m": {**_SMOLLM2, **_sizes(576, 1536, 30, 9, 3), "initializer_range": 576**-0.5},
     "smollm2-360m": {**_SMOLLM2, **_sizes(960, 2560, 32, 15, 5)},
