@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_llm.errors import ConfigurationError
-from lightning_llm.strategies.mesh import ParallelDims, Size, check_size, recommended_sizes
+from lightning_llm.strategies.context import check_context, check_ulysses
+from lightning_llm.strategies.layout import Layout
+from lightning_llm.strategies.mesh import IN_WORLD_SIZE, ParallelDims, Size, check_size, recommended_sizes
 from lightning_llm.strategies.pipeline import choose_microbatches
 from lightning_llm.strategies.plan import ParallelPlan, plan_of
 
@@ -36,30 +38,26 @@ def model_in_outline(module: LightningModule) -> nn.Module | None:
 
 
 def resolve_dims(
-    model: nn.Module | None,
-    *,
-    world_size: int,
-    devices_per_node: int,
-    tensor_parallel_size: Size,
-    pipeline_parallel_size: Size,
-    data_parallel_size: Size,
-    replicate_size: int,
+    model: nn.Module | None, sizes: Mapping[str, Size], *, world_size: int, devices_per_node: int
 ) -> ParallelDims:
-    """The sizes of a run, with each "auto" decided from the model and the number of processes."""
-    tensor, pipeline = 1, 1
-    tensor_auto = tensor_parallel_size == "auto"
-    given = {
-        "data_parallel_size": data_parallel_size,
-        "tensor_parallel_size": tensor_parallel_size,
-        "pipeline_parallel_size": pipeline_parallel_size,
-    }
+    """The sizes of a run, with each "auto" decided from the model and the number of processes.
+
+    Args:
+        model: In outline; None where it is not known yet.
+        sizes: The arguments of `ParallelDims` by name, but for the world size.
+        world_size: Processes in all.
+        devices_per_node: Tensor parallelism stays within a node.
+    """
     taken = 1
-    for name, size in given.items():
+    for name, size in sizes.items():
         if size != "auto":
             check_size(name, size)
-            taken *= size
+            taken *= size if name in IN_WORLD_SIZE else 1
+    chosen: dict[str, Any] = dict(sizes)
     plan = plan_of(model) if model is not None else None
-    if model is not None and plan is not None and "auto" in given.values():
+    tensor, pipeline = 1, 1
+    if model is not None and plan is not None and "auto" in sizes.values():
+        tensor_auto = sizes.get("tensor_parallel_size") == "auto"
         tensor, pipeline = recommended_sizes(
             sum(parameter.numel() for parameter in model.parameters()),
             max(1, world_size // taken),
@@ -67,13 +65,10 @@ def resolve_dims(
             tensor_divides=plan.tensor_divides.values() if plan.tensor_parallel and tensor_auto else (1,),
             num_units=len(plan.units(model)) or 1,
         )
-    return ParallelDims.resolve(
-        world_size,
-        data_parallel_size=data_parallel_size,
-        replicate_size=replicate_size,
-        tensor_parallel_size=tensor if tensor_parallel_size == "auto" else tensor_parallel_size,
-        pipeline_parallel_size=pipeline if pipeline_parallel_size == "auto" else pipeline_parallel_size,
-    )
+    for name, size in (("tensor_parallel_size", tensor), ("pipeline_parallel_size", pipeline)):
+        if chosen.get(name) == "auto":
+            chosen[name] = size
+    return ParallelDims.resolve(world_size, **chosen)
 
 
 def mark_as_cut(model: nn.Module) -> None:
@@ -81,8 +76,8 @@ def mark_as_cut(model: nn.Module) -> None:
     setattr(model, _CUT, True)
 
 
-def check_plan(model: nn.Module, dims: ParallelDims) -> ParallelPlan | None:
-    """The model's plan, if these sizes can be cut from it."""
+def check_plan(model: nn.Module, dims: ParallelDims, layout: Layout) -> ParallelPlan | None:
+    """The model's plan, if this layout can be cut from it."""
     if getattr(model, _CUT, False):
         raise ConfigurationError(
             f"This {type(model).__name__.removeprefix('FSDP')} was cut into its parallel parts by an earlier Trainer. "
@@ -91,24 +86,22 @@ def check_plan(model: nn.Module, dims: ParallelDims) -> ParallelPlan | None:
         )
     plan = plan_of(model)
     if plan is not None:
-        plan.check(
-            model,
-            tensor_parallel_size=dims.tensor_parallel_size,
-            pipeline_parallel_size=dims.pipeline_parallel_size,
-        )
-    elif dims.model_parallel_size > 1:
+        plan.check(model, dims)
+        if dims.context_parallel_size > 1 and layout.context_parallel_method == "ulysses":
+            assert plan.attention_heads is not None
+            heads, kv_heads = (number // dims.tensor_parallel_size for number in plan.attention_heads)
+            check_ulysses(heads, kv_heads, dims.context_parallel_size)
+    elif dims.model_parallel_size > 1 or dims.expert_parallel_size > 1:
         raise ConfigurationError(
-            f"{dims.arithmetic()}: tensor and pipeline parallelism need a plan, and {type(model).__name__} has none. "
+            f"{dims.arithmetic()}: only data parallelism needs no plan, and {type(model).__name__} has none. "
             "Give it a method `parallel_plan()` that returns a lightning_llm.strategies.plan.ParallelPlan, or train "
             "with data parallelism alone."
         )
     return plan
 
 
-def check_data(
-    datamodule: Any, dims: ParallelDims, *, accumulate: int, microbatches: int | str, sequence_parallel: bool
-) -> None:
-    """Whether a data module's batches divide over the data ranks, the microbatches and the tensor ranks.
+def check_data(datamodule: Any, dims: ParallelDims, layout: Layout, *, accumulate: int) -> None:
+    """Whether a data module's batches divide over the data ranks, the microbatches, the tensor and the context ranks.
 
     Asks `datamodule.check(data_ranks, accumulate)`, `.batch_size` (over all data ranks) and `.seq_len`, where it has
     them.
@@ -118,16 +111,19 @@ def check_data(
     batch_size, seq_len = (getattr(datamodule, name, None) for name in ("batch_size", "seq_len"))
     if batch_size is not None and dims.pipeline_parallel_size > 1:
         local = batch_size // (dims.data_parallel_size * accumulate)
-        choose_microbatches(microbatches, local, dims.pipeline_parallel_size)
-    if seq_len is not None and sequence_parallel:
-        check_sequence(seq_len, dims)
+        choose_microbatches(layout.microbatches, local, dims.pipeline_parallel_size)
+    if seq_len is not None:
+        check_sequence(seq_len, dims, layout)
 
 
-def check_sequence(seq_len: int, dims: ParallelDims) -> None:
-    """Whether sequence parallelism can share a sequence among the tensor ranks."""
-    if seq_len % dims.tensor_parallel_size:
+def check_sequence(seq_len: int, dims: ParallelDims, layout: Layout) -> None:
+    """Whether context parallelism, and sequence parallelism over the tensor ranks, can share a sequence out."""
+    tensor = dims.tensor_parallel_size if layout.sequence_parallel else 1
+    if dims.context_parallel_size > 1:
+        check_context(seq_len, dims.context_parallel_size, tensor)
+    elif seq_len % tensor:
         raise ConfigurationError(
-            f"sequence length({seq_len}) is not divisible by tensor_parallel_size({dims.tensor_parallel_size}), which "
+            f"sequence length({seq_len}) is not divisible by tensor_parallel_size({tensor}), which "
             "sequence parallelism needs. Change the sequence length, or set sequence_parallel to false."
         )
 

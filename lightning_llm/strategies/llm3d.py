@@ -1,6 +1,7 @@
-"""`Trainer(strategy="llm3d")`: data, tensor and pipeline parallelism, composed in one fixed order.
+"""`Trainer(strategy="llm3d")`: data, tensor, pipeline, context and expert parallelism under Lightning's Trainer.
 
-This file is the lifecycle only. Each axis is a free function in a file of its own; here stands when it is called.
+This file is the lifecycle only: when what is called. parallelize.py has the order in which a model is taken apart, and
+each axis is a file of its own.
 """
 
 from __future__ import annotations
@@ -26,43 +27,51 @@ from lightning_llm.checkpoint import distributed as checkpoint_format
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.models.weights import load_weights
 from lightning_llm.strategies.checks import check_plan, mark_as_cut
+from lightning_llm.strategies.context import SEQUENCE_DIM, ContextMethod
+from lightning_llm.strategies.layout import Layout, Recompute
 from lightning_llm.strategies.mesh import Size
 from lightning_llm.strategies.optimization import (
-    LLMPrecision,
+    AccumulatedTokens,
     PipelineOptimization,
     align_gradients,
     gradient_norm,
+    scale_gradients,
 )
-from lightning_llm.strategies.pipeline import (
-    AliasedSource,
-    Pipeline,
-    add_tied_gradients,
-    ends_group,
-    keep_stage,
-)
+from lightning_llm.strategies.parallelize import Parts, parallelize
+from lightning_llm.strategies.pipeline import AliasedSource, Pipeline, add_tied_gradients, ends_group
 from lightning_llm.strategies.plan import ParallelPlan
+from lightning_llm.strategies.precision import LLMPrecision
 from lightning_llm.strategies.processes import ProcessGrid
-from lightning_llm.strategies.sharding import apply_sharding, local_shard, shard_without_plan
-from lightning_llm.strategies.tensor import apply_tensor_parallel, logits_context, retie, to_plain
+from lightning_llm.strategies.sharding import ZeroStage, local_shard, set_accumulation
+from lightning_llm.strategies.tensor import logits_context, retie, to_plain
 
 
 class LLM3DStrategy(ProcessGrid):
-    """Trains any LightningModule in data, tensor and pipeline parallelism, on FSDP2 and DTensor.
+    """Trains any LightningModule in data, tensor, pipeline, context and expert parallelism, on FSDP2 and DTensor.
 
     The module's `model` is cut as its `ParallelPlan` says; a module without a plan trains under sharded data
-    parallelism. Every size is a number of ranks or "auto"; together they multiply to the number of processes.
-    Logging, validation, callbacks, clipping and accumulation behave as under any Lightning strategy: all ranks see
-    the same loss.
+    parallelism. Every size is a number of ranks or "auto"; data * tensor * pipeline * context is the number of
+    processes, and experts are spread over those that are there. Logging, validation, callbacks, clipping and
+    accumulation behave as under any Lightning strategy: all ranks see the same loss.
 
     Args:
         data_parallel_size: Ranks with different samples; "auto" takes what the other axes leave.
         tensor_parallel_size: Ranks that share each layer's matrices; "auto" goes by the model's size.
         pipeline_parallel_size: Stages that share the layers; "auto" goes by the model's size.
+        context_parallel_size: Ranks that share each sequence.
+        expert_parallel_size: Ranks that share the experts of each layer. It divides data (without replicas) * context *
+            tensor ranks, whose places it folds into its own.
         replicate_size: Replicas among the data ranks (hybrid sharding); 1 shards over all of them.
-        zero_stage: 3 frees gathered parameters after their forward, 2 keeps them until their backward. A pipeline keeps
-            them always, since it would otherwise gather once per microbatch.
+        zero_stage: What data ranks share out instead of each holding it whole: 0 nothing; 1 optimizer states; 2
+            gradients too; 3 parameters too. Stages 1 and 2 differ under gradient accumulation, see `set_accumulation`.
+            A pipeline keeps parameters gathered during a step in any stage, since it would otherwise gather once per
+            microbatch.
         microbatches: Microbatches per batch of a data rank in a pipeline, or "auto".
         sequence_parallel: Split activations between the blocks over the tensor axis, along the sequence.
+        context_parallel_method: "allgather", "ulysses" or "ring"; see `ContextParallel`.
+        recompute: "none", "selective", "full", n (every n-th block), or a memory budget below 1; see `apply_recompute`.
+        compile: Compile each block with `torch.compile`.
+        offload_parameters: "cpu" keeps shards of parameters, gradients and optimizer states in host memory.
         process_group_backend: "nccl", "gloo", ...; None chooses by device.
         timeout: Of collectives.
 
@@ -75,34 +84,49 @@ class LLM3DStrategy(ProcessGrid):
         data_parallel_size: Size = "auto",
         tensor_parallel_size: Size = 1,
         pipeline_parallel_size: Size = 1,
+        context_parallel_size: int = 1,
+        expert_parallel_size: int = 1,
         replicate_size: int = 1,
-        zero_stage: Literal[2, 3] = 3,
+        zero_stage: ZeroStage = 3,
         microbatches: int | Literal["auto"] = "auto",
         sequence_parallel: bool = True,
+        context_parallel_method: ContextMethod = "allgather",
+        recompute: Recompute = "none",
+        compile: bool = False,
+        offload_parameters: Literal["cpu"] | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta = default_pg_timeout,
     ) -> None:
         super().__init__(
-            data_parallel_size=data_parallel_size,
-            tensor_parallel_size=tensor_parallel_size,
-            pipeline_parallel_size=pipeline_parallel_size,
-            replicate_size=replicate_size,
-            microbatches=microbatches,
-            sequence_parallel=sequence_parallel,
+            sizes={
+                "data_parallel_size": data_parallel_size,
+                "tensor_parallel_size": tensor_parallel_size,
+                "pipeline_parallel_size": pipeline_parallel_size,
+                "context_parallel_size": context_parallel_size,
+                "expert_parallel_size": expert_parallel_size,
+                "replicate_size": replicate_size,
+            },
+            layout=Layout(
+                zero_stage=zero_stage,
+                microbatches=microbatches,
+                sequence_parallel=sequence_parallel,
+                context_parallel_method=context_parallel_method,
+                recompute=recompute,
+                compile=compile,
+                offload_parameters=offload_parameters,
+            ),
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
-        if zero_stage not in (2, 3):
-            raise ConfigurationError(f"zero_stage={zero_stage!r} must be 2 or 3.")
-        if microbatches != "auto" and (not isinstance(microbatches, int) or microbatches < 1):
-            raise ConfigurationError(f"microbatches={microbatches!r} must be a whole number of at least 1, or 'auto'.")
-        self.zero_stage = zero_stage
         self.plan: ParallelPlan | None = None
+        self.parts: Parts | None = None
         self.pipeline: Pipeline | None = None
         self._tied_group: dist.ProcessGroup | None = None
         self._parallelized: nn.Module | None = None
         self._scheduled_loss: Tensor | None = None
         self._gradient_norm: Tensor | None = None
+        self._tokens = AccumulatedTokens()
+        self._denominator: Tensor | None = None
 
     # -- the model --
 
@@ -136,10 +160,10 @@ class LLM3DStrategy(ProcessGrid):
             loop.inference_mode = False
 
     def _parallelize(self, module: pl.LightningModule) -> None:
-        """The one order: split stages -> tensor -> shard -> materialise -> weights."""
+        """Takes the module's model apart, gives this rank's parts their place and their weights."""
         dims, meshes = self.meshes.dims, self.meshes
         model = getattr(module, "model", None)
-        plan = self.plan = check_plan(model if isinstance(model, nn.Module) else module, dims)
+        plan = self.plan = check_plan(model if isinstance(model, nn.Module) else module, dims, self.layout)
         target = module if plan is None else model
         if not isinstance(target, nn.Module):
             raise ConfigurationError(
@@ -150,25 +174,26 @@ class LLM3DStrategy(ProcessGrid):
         built = not any(parameter.is_meta for parameter in target.parameters())
         if built:
             self._copy_from_rank_zero(target)
-        if plan is not None:
-            if dims.pipeline_parallel_size > 1:
-                self._split(module, target, plan)
-            if dims.tensor_parallel_size > 1:
-                apply_tensor_parallel(target, meshes.tensor, plan, sequence_parallel=self.sequence_parallel)
+        self.parts = parallelize(
+            target,
+            plan,
+            meshes,
+            self.layout,
+            device=self.root_device,
+            mp_policy=self.precision_plugin.mp_policy,
+        )
         if dims.world_size > 1:
             mark_as_cut(target)
-        if dims.data_parallel_size > 1:
-            reshard = self.zero_stage == 3 and dims.pipeline_parallel_size == 1
-            if plan is None:
-                shard_without_plan(target, meshes.sharding, reshard_after_forward=reshard)
-            else:
-                apply_sharding(target, plan.units(target), meshes.sharding, reshard_after_forward=reshard)
-        if built:
-            target.to(self.root_device)
-        else:
+        if plan is not None and dims.pipeline_parallel_size > 1:
+            self._build_pipeline(module, plan)
+        self._count_tokens(module)
+        if not built:
             self._materialize(module, target)
+        elif self.layout.offload_parameters is None:
+            target.to(self.root_device)
 
-    def _split(self, module: pl.LightningModule, model: nn.Module, plan: ParallelPlan) -> None:
+    def _build_pipeline(self, module: pl.LightningModule, plan: ParallelPlan) -> None:
+        assert self.parts is not None
         if not module.automatic_optimization:
             raise ConfigurationError(
                 f"{type(module).__name__} sets automatic_optimization=False. A pipeline runs the backward within its "
@@ -179,13 +204,24 @@ class LLM3DStrategy(ProcessGrid):
                 raise ConfigurationError(
                     f"A pipeline needs {type(module).__name__}.{name}(); see lightning_llm.LLMModule for what it does."
                 )
-        keep_stage(model, plan, self.meshes.stage, self.meshes.dims.pipeline_parallel_size)
-        self.pipeline = Pipeline(model, self.meshes.pipeline, self.root_device, self.microbatches)
+        (stage,) = self.parts.stages.values()
+        self.pipeline = Pipeline(stage, self.meshes.pipeline, self.root_device, self.layout.microbatches)
         if plan.tied:
             self._tied_group = ends_group(self.meshes.dense, self.timeout)
         # The module's own training_step still runs on every rank and logs as always; what it calls is now the schedule.
         module.forward_loss = self._pipelined_loss  # type: ignore[assignment]
         module.forward = self.pipeline.forward  # type: ignore[method-assign]
+
+    def _count_tokens(self, module: pl.LightningModule) -> None:
+        """Has the module's own count of valid tokens weigh the batches of one optimizer step against each other."""
+        count = getattr(module, "loss_denominator", None)
+        if callable(count):
+
+            def counted(labels: Tensor) -> Tensor:
+                self._denominator = count(labels)
+                return self._denominator
+
+            module.loss_denominator = counted  # type: ignore[assignment]
 
     def _materialize(self, module: pl.LightningModule, model: nn.Module) -> None:
         weight_source = getattr(module, "weight_source", None)
@@ -194,7 +230,7 @@ class LLM3DStrategy(ProcessGrid):
                 f"{type(module).__name__} built its model on the meta device but has no weight_source() to fill it "
                 "from. Build it with real tensors, or add the method (see lightning_llm.LLMModule)."
             )
-        model.to_empty(device=self.root_device)
+        model.to_empty(device="cpu" if self.layout.offload_parameters else self.root_device)
         source = weight_source()
         if self.plan is not None:
             for owner, copy in self.plan.tied:
@@ -214,10 +250,22 @@ class LLM3DStrategy(ProcessGrid):
     def _logits_context(self) -> AbstractContextManager[None]:
         return logits_context() if self.meshes.dims.tensor_parallel_size > 1 else nullcontext()
 
+    def _share(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """A step's arguments with the batch checked and cut to what this rank computes of it."""
+        batch, *rest = arguments
+        self.check_first_batch(batch)
+        if self.parts is not None and self.parts.context is not None:
+            batch = self.parts.context.shard_batch(batch)
+        return (batch, *rest)
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """The module's training step; in a pipeline it has run the backward too when it returns."""
-        self.check_first_batch(args[0])
-        self._scheduled_loss = None
+        assert self.lightning_module is not None and self.parts is not None
+        args = self._share(args)
+        self._scheduled_loss = self._denominator = None
+        if self._accumulates:
+            last = not self.lightning_module.trainer.fit_loop.epoch_loop._should_accumulate()
+            set_accumulation(self.parts.roots, self.layout.zero_stage, last=last)
         with self._logits_context():
             output = tree_map(to_plain, super().training_step(*args, **kwargs))
         loss = output.get("loss") if isinstance(output, Mapping) else output
@@ -231,24 +279,36 @@ class LLM3DStrategy(ProcessGrid):
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """The module's validation step."""
-        self.check_first_batch(args[0])
+        args = self._share(args)
         with self._logits_context():
             return super().validation_step(*args, **kwargs)
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         """The module's test step."""
-        self.check_first_batch(args[0])
+        args = self._share(args)
         with self._logits_context():
             return super().test_step(*args, **kwargs)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """The module's predict step; outputs that are split over ranks are put together."""
-        self.check_first_batch(args[0])
-        return tree_map(to_plain, super().predict_step(*args, **kwargs))
+        args = self._share(args)
+        output = tree_map(to_plain, super().predict_step(*args, **kwargs))
+        context = self.parts.context if self.parts is not None else None
+        if context is None or context.positions is None:
+            return output
+        share = len(context.positions)
+
+        def whole(leaf: Any) -> Any:
+            along_sequence = isinstance(leaf, Tensor) and leaf.ndim > SEQUENCE_DIM and leaf.shape[SEQUENCE_DIM] == share
+            return context.gather_sequence(leaf) if along_sequence else leaf
+
+        return tree_map(whole, output)
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Backward and its hooks; after a pipeline's schedule the hooks alone."""
         if self.pipeline is None:
+            if self._denominator is not None and self._accumulates:
+                closure_loss = closure_loss * self._tokens.add(self._denominator)
             with self._logits_context():
                 return super().backward(closure_loss, optimizer, *args, **kwargs)
         assert self.lightning_module is not None
@@ -263,30 +323,39 @@ class LLM3DStrategy(ProcessGrid):
         module: Any = self.lightning_module
         assert self.pipeline is not None
         denominator = module.loss_denominator(batch["labels"])
-        # Lightning divides the loss by this after the step; gradients made inside the step must be divided here.
-        parts = module.trainer.accumulate_grad_batches if module.trainer.training else 1
+        factor: Any = 1.0
+        if module.trainer.training:
+            # Lightning divides the loss after the step; gradients made inside the step must be divided here.
+            factor = self.precision_plugin.loss_scale / module.trainer.accumulate_grad_batches
+            if self._accumulates:
+                factor = factor * self._tokens.add(denominator)
         loss = self.pipeline.run(
             batch["input_ids"],
             batch["labels"],
-            lambda output, target: module.loss(output, target) / (denominator * parts),
+            lambda output, target: module.loss(output, target) * (factor / denominator),
         )
-        self._scheduled_loss = loss * parts
+        self._scheduled_loss = loss / factor
         return self._scheduled_loss
 
     # -- optimization --
 
     @property
-    def precision_plugin(self) -> Precision:
-        """Lightning's precision of the same name, with gradient norms over all axes."""
-        return self._precision_plugin or Precision()
+    def _accumulates(self) -> bool:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer.accumulate_grad_batches > 1
+
+    @property
+    def precision_plugin(self) -> LLMPrecision:
+        """Lightning's precision of the same name, with mixed precision and gradient norms over all axes."""
+        # Lightning asks before it has set one, and takes what it finds then for the user's.
+        return self._precision_plugin or LLMPrecision("32-true")
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
-        if plugin is not None and not isinstance(plugin, LLMPrecision):
-            plugin = LLMPrecision(
-                str(plugin.precision), lambda: self.root_device.type, self._finish_gradients, self.gradient_norm
-            )
-        self._precision_plugin = plugin
+        if plugin is not None:
+            plugin = plugin if isinstance(plugin, LLMPrecision) else LLMPrecision(str(plugin.precision))
+            plugin.attach(self._finish_gradients, self.gradient_norm)
+        self._precision_plugin: LLMPrecision | None = plugin
 
     def _finish_gradients(self) -> None:
         assert self.lightning_module is not None
@@ -294,12 +363,15 @@ class LLM3DStrategy(ProcessGrid):
         align_gradients(self.lightning_module.parameters())
         if self.pipeline is not None and self.plan is not None and self.plan.tied:
             add_tied_gradients(self.pipeline.module, self.plan, self._tied_group)
+        factor = self._tokens.close(self.lightning_module.trainer.accumulate_grad_batches)
+        if factor is not None:
+            scale_gradients(self.lightning_module.parameters(), factor)
 
     def gradient_norm(self) -> Tensor:
         """Euclidean norm of all gradients over every axis, equal on all ranks; as they were before any clipping."""
         if self._gradient_norm is None:
-            dims = self.meshes.dims
-            self._gradient_norm = gradient_norm(self._owned(), dims.world_size // dims.pipeline_parallel_size)
+            ranks = self.meshes.dims.ranks_per_stage
+            self._gradient_norm = gradient_norm(self._owned(), ranks, self.root_device)
         return self._gradient_norm
 
     def _owned(self) -> list[nn.Parameter]:

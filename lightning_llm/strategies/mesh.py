@@ -19,19 +19,23 @@ from lightning_llm.errors import ConfigurationError
 
 Size = int | Literal["auto"]
 
-DENSE_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-AUTOMATIC = ("data_parallel_size", "tensor_parallel_size", "pipeline_parallel_size")  # may be "auto" in a strategy
+GRID_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+DENSE_AXES = ("pp", "dp_replicate", "fsdp", "tp")
 EXPERT_AXES = ("pp", "dp_replicate", "efsdp", "ep")
+IN_WORLD_SIZE = ("data_parallel_size", "tensor_parallel_size", "pipeline_parallel_size", "context_parallel_size")
+AUTOMATIC = ("data_parallel_size", "tensor_parallel_size", "pipeline_parallel_size")  # may be "auto" in a strategy
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelDims:
     """Sizes of every parallel axis; their product is the world size.
 
-    The dense view of the grid is `(pp, dp_replicate, dp_shard, cp, tp)`, outermost first, so that tensor-parallel peers
-    are neighbours (the same node) and pipeline stages are far apart. Experts do not follow it: the expert view
-    `(pp, dp_replicate, efsdp, ep)` folds `dp_shard * cp * tp` into `efsdp * ep`, so that expert parallelism is not
-    bounded by the data-parallel size (Megatron-Core's "parallel folding", torchtitan's `ParallelDims`).
+    The grid is `(pp, dp_replicate, dp_shard, cp, tp)`, outermost first, so that tensor-parallel peers are neighbours
+    (the same node) and pipeline stages are far apart. Two views of it say where parameters live. The dense view
+    `(pp, dp_replicate, fsdp, tp)` shards over `fsdp = dp_shard * cp`: context ranks hold different tokens of the same
+    weights, as data ranks do. Experts do not follow it: the expert view `(pp, dp_replicate, efsdp, ep)` folds
+    `dp_shard * cp * tp` into `efsdp * ep`, so that expert parallelism is not bounded by the data-parallel size
+    (Megatron-Core's "parallel folding", torchtitan's `ParallelDims`).
 
     Args:
         world_size: Number of processes.
@@ -67,12 +71,11 @@ class ParallelDims:
                 f"replicate_size({self.replicate_size}) does not divide data_parallel_size({self.data_parallel_size}). "
                 f"Use one of {divisors(self.data_parallel_size)}."
             )
-        foldable = self.shard_size * self.context_parallel_size * self.tensor_parallel_size
-        if foldable % self.expert_parallel_size:
+        if self.foldable_size % self.expert_parallel_size:
             raise ConfigurationError(
                 f"expert_parallel_size({self.expert_parallel_size}) does not divide shard({self.shard_size}) * "
-                f"context({self.context_parallel_size}) * tensor({self.tensor_parallel_size}) = {foldable}. "
-                f"Use one of {divisors(foldable)}."
+                f"context({self.context_parallel_size}) * tensor({self.tensor_parallel_size}) = {self.foldable_size}. "
+                f"Use one of {divisors(self.foldable_size)}."
             )
 
     @classmethod
@@ -117,8 +120,23 @@ class ParallelDims:
         return self.data_parallel_size // self.replicate_size
 
     @property
-    def dense_shape(self) -> tuple[int, ...]:
-        """Sizes of `DENSE_AXES`."""
+    def gradient_ranks(self) -> int:
+        """Ranks over which gradients are averaged, each with tokens of its own: data * context."""
+        return self.data_parallel_size * self.context_parallel_size
+
+    @property
+    def ranks_per_stage(self) -> int:
+        """Ranks that hold one pipeline stage."""
+        return self.world_size // self.pipeline_parallel_size
+
+    @property
+    def foldable_size(self) -> int:
+        """Ranks that the expert view may arrange anew: shard * context * tensor."""
+        return self.shard_size * self.context_parallel_size * self.tensor_parallel_size
+
+    @property
+    def grid_shape(self) -> tuple[int, ...]:
+        """Sizes of `GRID_AXES`."""
         return (
             self.pipeline_parallel_size,
             self.replicate_size,
@@ -128,13 +146,22 @@ class ParallelDims:
         )
 
     @property
-    def expert_shape(self) -> tuple[int, ...]:
-        """Sizes of `EXPERT_AXES`."""
-        foldable = self.shard_size * self.context_parallel_size * self.tensor_parallel_size
+    def dense_shape(self) -> tuple[int, ...]:
+        """Sizes of `DENSE_AXES`."""
         return (
             self.pipeline_parallel_size,
             self.replicate_size,
-            foldable // self.expert_parallel_size,
+            self.shard_size * self.context_parallel_size,
+            self.tensor_parallel_size,
+        )
+
+    @property
+    def expert_shape(self) -> tuple[int, ...]:
+        """Sizes of `EXPERT_AXES`."""
+        return (
+            self.pipeline_parallel_size,
+            self.replicate_size,
+            self.foldable_size // self.expert_parallel_size,
             self.expert_parallel_size,
         )
 
@@ -144,9 +171,9 @@ class ParallelDims:
         return replicate * self.shard_size + shard
 
     def coordinates(self, rank: int) -> tuple[int, ...]:
-        """Position of a global rank in the dense grid, in the order of `DENSE_AXES`."""
+        """Position of a global rank in the grid, in the order of `GRID_AXES`."""
         position = []
-        for size in reversed(self.dense_shape):
+        for size in reversed(self.grid_shape):
             position.append(rank % size)
             rank //= size
         return tuple(reversed(position))
@@ -175,22 +202,38 @@ class ParallelDims:
                 break
         return "\n".join(lines)
 
-    def build(self, device_type: str, timeout: timedelta | None = None) -> Meshes:
+    def build(
+        self,
+        device_type: str,
+        timeout: timedelta | None = None,
+        *,
+        with_experts: bool = False,
+        replicate_all: bool = False,
+    ) -> Meshes:
         """Creates the process groups. Collective: every rank calls it once, after `init_process_group`.
 
         Args:
             device_type: "cpu", "cuda", ...
             timeout: Of collectives within the groups; None takes torch's default.
+            with_experts: Create the expert view too.
+            replicate_all: Nothing is sharded over data and context ranks: their axis is `dp_replicate`, as in plain
+                data parallelism, and `fsdp` and `efsdp` have size 1.
         """
-        dense = init_device_mesh(device_type, self.dense_shape, mesh_dim_names=DENSE_AXES)
-        expert = None
-        if self.expert_parallel_size > 1:
-            expert = init_device_mesh(device_type, self.expert_shape, mesh_dim_names=EXPERT_AXES)
+        dense_shape, expert_shape = self.dense_shape, self.expert_shape
+        if replicate_all:
+            dense_shape, expert_shape = _as_replicas(dense_shape), _as_replicas(expert_shape)
+        dense = init_device_mesh(device_type, dense_shape, mesh_dim_names=DENSE_AXES)
+        grid = expert = None
+        if self.context_parallel_size > 1:
+            grid = init_device_mesh(device_type, self.grid_shape, mesh_dim_names=GRID_AXES)
+        if with_experts:
+            expert = init_device_mesh(device_type, expert_shape, mesh_dim_names=EXPERT_AXES)
         if timeout is not None:
             # New groups do not inherit the timeout of `init_process_group`: a hung peer would block for half an hour.
-            for group in (*dense.get_all_groups(), *(expert.get_all_groups() if expert is not None else ())):
-                _set_pg_timeout(timeout, group)
-        return Meshes(dims=self, dense=dense, expert=expert)
+            for mesh in (dense, grid, expert):
+                for group in mesh.get_all_groups() if mesh is not None else ():
+                    _set_pg_timeout(timeout, group)
+        return Meshes(dims=self, dense=dense, grid=grid, expert=expert)
 
     def _suggestion(self) -> str:
         if self.world_size % self.model_parallel_size == 0:
@@ -204,12 +247,25 @@ class ParallelDims:
         return advice + "."
 
 
+def _as_replicas(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The sharding axis (third) folded into the replicating one (second)."""
+    stages, replicas, shards, last = shape
+    return (stages, replicas * shards, 1, last)
+
+
 @dataclass(frozen=True)
 class Meshes:
-    """The process groups of one run, cut from one grid (see `ParallelDims`)."""
+    """The process groups of one run, cut from one grid (see `ParallelDims`).
+
+    Attributes:
+        dense: Where parameters live: `DENSE_AXES`.
+        grid: All axes apart; None without context parallelism, which alone needs it.
+        expert: Where experts live: `EXPERT_AXES`; None for a model without experts.
+    """
 
     dims: ParallelDims
     dense: DeviceMesh
+    grid: DeviceMesh | None
     expert: DeviceMesh | None
 
     @property
@@ -223,11 +279,26 @@ class Meshes:
         return self.dense["pp"]
 
     @property
+    def context(self) -> DeviceMesh:
+        """Context axis of this rank: the ranks that share its sequences.
+
+        Raises:
+            RuntimeError: There is no context parallelism.
+        """
+        if self.grid is None:
+            raise RuntimeError("context_parallel_size is 1: there is no context axis.")
+        return self.grid["cp"]
+
+    @property
     def sharding(self) -> DeviceMesh:
-        """What `fully_shard` gets: one axis, or `(dp_replicate, dp_shard)` for hybrid sharding."""
-        if self.dims.replicate_size > 1:
-            return self.dense["dp_replicate", "dp_shard"]
-        return self.dense["dp_shard"]
+        """What `fully_shard` gets: `fsdp`, or `(dp_replicate, fsdp)` for replicas of shards."""
+        return _sharding_axes(self.dense, "fsdp")
+
+    @property
+    def expert_sharding(self) -> DeviceMesh:
+        """What `fully_shard` gets for experts: `efsdp`, or `(dp_replicate, efsdp)`."""
+        assert self.expert is not None
+        return _sharding_axes(self.expert, "efsdp")
 
     @property
     def stage(self) -> int:
@@ -238,6 +309,10 @@ class Meshes:
         """Global ranks with this rank's data coordinate: they must be handed the same samples."""
         here = self.dims.data_rank(torch.distributed.get_rank())
         return [rank for rank in range(self.dims.world_size) if self.dims.data_rank(rank) == here]
+
+
+def _sharding_axes(mesh: DeviceMesh, axis: str) -> DeviceMesh:
+    return mesh["dp_replicate", axis] if mesh["dp_replicate"].size() > 1 else mesh[axis]
 
 
 def recommended_sizes(

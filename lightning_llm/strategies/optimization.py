@@ -1,32 +1,21 @@
-"""The optimizer's side of a parallel run: gradient norms over mixed meshes and stages, precision, and the loop's order.
+"""The optimizer's side of a parallel run: gradient norms over mixed meshes and stages, and the loop's order.
 
-llm3d.py installs `LLMPrecision` and `PipelineOptimization`; users keep `Trainer(gradient_clip_val=..., precision=...)`.
+llm3d.py and precision.py call it; users keep `Trainer(gradient_clip_val=...)`.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.loops.optimization.automatic import Closure, _AutomaticOptimization
-from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-
-from lightning_llm.errors import ConfigurationError
-
-PARAMETER_DTYPES = {
-    "64-true": torch.float64,
-    "32-true": torch.float32,
-    "bf16-mixed": torch.float32,
-    "bf16-true": torch.bfloat16,
-}
 
 
 def align_gradients(parameters: Iterable[nn.Parameter]) -> None:
@@ -42,7 +31,7 @@ def align_gradients(parameters: Iterable[nn.Parameter]) -> None:
                 parameter.grad = gradient.redistribute(placements=parameter.placements)
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter], ranks_per_stage: int) -> Tensor:
+def gradient_norm(parameters: Iterable[nn.Parameter], ranks_per_stage: int, device: torch.device) -> Tensor:
     """Euclidean norm of all gradients of the model, over every axis: the number a single process would compute.
 
     `torch.nn.utils.get_total_norm` takes gradients of one mesh only and knows nothing of other pipeline stages. Here
@@ -52,9 +41,10 @@ def gradient_norm(parameters: Iterable[nn.Parameter], ranks_per_stage: int) -> T
     Args:
         parameters: This rank's parameters, each tensor once (leave out a stage's copy of a tied one).
         ranks_per_stage: World size / pipeline stages.
+        device: Where collectives run; gradients may be elsewhere (offloaded).
 
     Returns:
-        Scalar, equal on all ranks.
+        Scalar on `device`, equal on all ranks.
     """
     by_copies: dict[int, list[Tensor]] = defaultdict(list)
     for parameter in parameters:
@@ -70,7 +60,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter], ranks_per_stage: int) -> T
             by_copies[ranks_per_stage].append(gradient)
     # Squares are added up in float32 at least: in bfloat16 a hundred ranks' shares would vanish beside their sum.
     norms = [_at_least_float32(torch.nn.utils.get_total_norm(grads)) ** 2 / n for n, grads in by_copies.items()]
-    squares = torch.stack(norms).sum() if norms else torch.zeros(())
+    squares = (torch.stack(norms).sum() if norms else torch.zeros(())).to(device)
     if dist.is_initialized():
         dist.all_reduce(squares)
     return squares.sqrt()
@@ -80,88 +70,50 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def scale_gradients(parameters: Iterable[nn.Parameter], max_norm: float, total_norm: Tensor) -> None:
-    """Multiplies all gradients by `min(1, max_norm / total_norm)`, as `torch.nn.utils.clip_grads_with_norm_` does."""
-    factor = (max_norm / (total_norm + 1e-6)).clamp(max=1.0)
+def local_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
+    """What this rank holds of each gradient, to be changed in place."""
     for parameter in parameters:
         if parameter.grad is not None:
-            gradient = parameter.grad
-            (gradient.to_local() if isinstance(gradient, DTensor) else gradient).mul_(factor.to(gradient.dtype))
+            yield parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
 
 
-class LLMPrecision(Precision):
-    """Precision of a parallel run: Lightning's names, with gradient norms that are right on every layout.
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor | float) -> None:
+    """Multiplies all gradients by one number."""
+    for gradient in local_gradients(parameters):
+        gradient.mul_(factor.to(gradient.device, gradient.dtype) if isinstance(factor, Tensor) else factor)
 
-    Args:
-        precision: "64-true", "32-true", "bf16-true", or "bf16-mixed" (weights in float32, matrices in bfloat16 by
-            autocast).
-        device_type: Gives the device type of the autocast region. Asked late: Lightning makes the precision before it
-            tells the strategy its devices.
-        finish_gradients: Called once per optimizer step when this rank's gradients are complete, before hooks and
-            clipping.
-        norm: Computes the global gradient norm.
 
-    Raises:
-        ConfigurationError: Another precision.
+class AccumulatedTokens:
+    """Makes several batches that lead to one optimizer step count by their tokens, as one large batch would.
+
+    Lightning averages the batches' mean losses, which is the mean over all tokens only where batches have equally many.
+    Here each batch's loss is weighted by its tokens over the first batch's, so that gradients keep their magnitude, and
+    the sum is put right at the end, when all counts are known.
     """
 
-    def __init__(
-        self,
-        precision: str,
-        device_type: Callable[[], str],
-        finish_gradients: Callable[[], None],
-        norm: Callable[[], Tensor],
-    ) -> None:
-        if precision not in PARAMETER_DTYPES:
-            raise ConfigurationError(
-                f"precision={precision!r} is not available here. Use one of {', '.join(PARAMETER_DTYPES)}."
-            )
-        self.precision = precision  # type: ignore[assignment]
-        self._parameter_dtype = PARAMETER_DTYPES[precision]
-        self._device_type = device_type
-        self._finish_gradients = finish_gradients
-        self._norm = norm
+    def __init__(self) -> None:
+        self._first: Tensor | None = None
+        self._total: Tensor | None = None
 
-    def convert_module(self, module: nn.Module) -> nn.Module:
-        """Parameters in this precision's dtype."""
-        return module.to(self._parameter_dtype)
-
-    @contextmanager
-    def tensor_init_context(self) -> Generator[None, None, None]:
-        """New tensors get this precision's parameter dtype."""
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(self._parameter_dtype)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(before)
-
-    module_init_context = tensor_init_context
-
-    @contextmanager
-    def forward_context(self) -> Generator[None, None, None]:
-        """Autocast for mixed precision; the default dtype for true precision."""
-        if self.precision == "bf16-mixed":
-            with torch.autocast(self._device_type(), dtype=torch.bfloat16):
-                yield
+    def add(self, tokens: Tensor) -> Tensor:
+        """Takes up a batch of so many tokens; returns the weight of its mean loss."""
+        if self._first is None or self._total is None:
+            self._first, self._total = tokens, tokens
         else:
-            with self.tensor_init_context():
-                yield
+            self._total = self._total + tokens
+        return tokens / self._first
 
-    def _after_closure(self, model: Any, optimizer: Any) -> None:
-        self._finish_gradients()
-        super()._after_closure(model, optimizer)
+    def close(self, divisor: int) -> Tensor | None:
+        """Ends the step; returns what its gradients are multiplied by, or None where nothing was added.
 
-    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
-        """Clips by the norm over all axes (`Trainer(gradient_clip_val=...)`)."""
-        scale_gradients(self.main_params(optimizer), float(clip_val), self._norm())
-
-    def clip_grad_by_value(self, optimizer: Optimizer, clip_val: int | float) -> None:
-        """Clips each element (`Trainer(gradient_clip_algorithm="value")`); needs no other rank."""
-        for parameter in self.main_params(optimizer):
-            if parameter.grad is not None:
-                gradient = parameter.grad
-                (gradient.to_local() if isinstance(gradient, DTensor) else gradient).clamp_(-clip_val, clip_val)
+        Args:
+            divisor: What each batch's loss was divided by (`accumulate_grad_batches`).
+        """
+        if self._first is None or self._total is None:
+            return None
+        factor = divisor * self._first / self._total
+        self._first = self._total = None
+        return factor
 
 
 class PipelineClosure(Closure):

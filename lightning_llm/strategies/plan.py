@@ -15,6 +15,7 @@ from torch import nn
 
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.models.decoder import Decoder
+from lightning_llm.strategies.mesh import ParallelDims, divisors
 
 TensorStyle = Literal["embedding", "norm", "head_norm", "gather", "column", "row", "vocabulary"]
 
@@ -33,6 +34,9 @@ class ParallelPlan:
             that parameter names do not depend on the layout.
         pipeline_last: Modules that only the last stage has.
         tied: Pairs (owner, copy) of parameter names that are one tensor.
+        attention_heads: `(heads, key-value heads)` of a model whose forward, and that of each of its pipeline stages,
+            takes `positions` and `attention` as `Decoder.forward` does; None where a sequence cannot be cut.
+        num_experts: Experts of each mixture layer (`models.moe.Experts`); 0 for a dense model.
     """
 
     tensor_parallel: Mapping[str, TensorStyle] = field(default_factory=dict)
@@ -41,18 +45,22 @@ class ParallelPlan:
     pipeline_units: str = ""
     pipeline_last: tuple[str, ...] = ()
     tied: tuple[tuple[str, str], ...] = ()
+    attention_heads: tuple[int, int] | None = None
+    num_experts: int = 0
 
-    def check(self, model: nn.Module, *, tensor_parallel_size: int, pipeline_parallel_size: int) -> None:
+    def check(self, model: nn.Module, dims: ParallelDims) -> None:
         """Refuses sizes that this model cannot be cut into.
 
         Raises:
             ConfigurationError: with the arithmetic and what to change.
         """
+        name = type(model).__name__
+        tensor_parallel_size, pipeline_parallel_size = dims.tensor_parallel_size, dims.pipeline_parallel_size
         if tensor_parallel_size > 1:
             if not self.tensor_parallel:
                 raise ConfigurationError(
-                    f"tensor_parallel_size={tensor_parallel_size}, but the plan of {type(model).__name__} names no "
-                    "tensor-parallel modules. Add `tensor_parallel` to its ParallelPlan."
+                    f"tensor_parallel_size={tensor_parallel_size}, but the plan of {name} names no tensor-parallel "
+                    "modules. Add `tensor_parallel` to its ParallelPlan."
                 )
             for label, number in self.tensor_divides.items():
                 if number % tensor_parallel_size:
@@ -61,17 +69,33 @@ class ParallelPlan:
                         f"tensor_parallel_size({tensor_parallel_size}) does not divide {label}({number}). "
                         f"Sizes that this model allows: {valid}."
                     )
+        if dims.context_parallel_size > 1 and self.attention_heads is None:
+            raise ConfigurationError(
+                f"context_parallel_size={dims.context_parallel_size}, but the plan of {name} names no "
+                "`attention_heads`: its forward must take `positions` and `attention`, as Decoder.forward does."
+            )
+        if dims.expert_parallel_size > 1:
+            if not self.num_experts:
+                raise ConfigurationError(
+                    f"expert_parallel_size={dims.expert_parallel_size}, but {name} has no experts. Leave it at 1."
+                )
+            if self.num_experts % dims.expert_parallel_size:
+                valid = [n for n in divisors(self.num_experts) if dims.foldable_size % n == 0]
+                raise ConfigurationError(
+                    f"expert_parallel_size({dims.expert_parallel_size}) does not divide the {self.num_experts} experts "
+                    f"of each layer. Use one of {valid}."
+                )
         if pipeline_parallel_size > 1:
             if not self.pipeline_units:
                 raise ConfigurationError(
-                    f"pipeline_parallel_size={pipeline_parallel_size}, but the plan of {type(model).__name__} names no "
-                    "pipeline units. Add `pipeline_units` to its ParallelPlan."
+                    f"pipeline_parallel_size={pipeline_parallel_size}, but the plan of {name} names no pipeline "
+                    "units. Add `pipeline_units` to its ParallelPlan."
                 )
             modules = dict(model.named_modules())
             unknown = [n for n in (self.pipeline_units, *self.pipeline_first, *self.pipeline_last) if n not in modules]
             if unknown:
                 raise ConfigurationError(
-                    f"The plan of {type(model).__name__} names {unknown} for the pipeline, but the model has no such "
+                    f"The plan of {name} names {unknown} for the pipeline, but the model has no such "
                     "modules. Names are those of named_modules()."
                 )
             units = len(self.units(model))
@@ -130,4 +154,5 @@ def _(model: Decoder) -> ParallelPlan:
         pipeline_units="model.layers",
         pipeline_last=("model.norm", "lm_head"),
         tied=(("model.embed_tokens.weight", "lm_head.weight"),) if config.tie_word_embeddings else (),
+        attention_heads=(config.num_attention_heads, config.num_key_value_heads),
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -17,7 +18,6 @@ from lightning.fabric.utilities.distributed import (
     _distributed_is_initialized,
     _get_default_process_group_backend_for_device,
     _init_dist_connection,
-    _sync_ddp_if_available,
 )
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies.parallel import ParallelStrategy
@@ -35,37 +35,38 @@ from lightning_llm.strategies.checks import (
     sequence_length,
 )
 from lightning_llm.strategies.launcher import ProcessLauncher, die_with_launcher, first_to_fail
+from lightning_llm.strategies.layout import Layout
 from lightning_llm.strategies.mesh import Meshes, ParallelDims, Size
 from lightning_llm.strategies.tensor import to_plain
 
 
 class ProcessGrid(ParallelStrategy):
-    """Starts, connects and arranges the processes. The arguments are those of `LLM3DStrategy`."""
+    """Starts, connects and arranges the processes.
+
+    Args:
+        sizes: `data_parallel_size` and the other sizes by name, each a number or "auto".
+        layout: The other settings of the layout.
+        process_group_backend: See `LLM3DStrategy`.
+        timeout: See `LLM3DStrategy`.
+    """
 
     def __init__(
         self,
         *,
-        data_parallel_size: Size,
-        tensor_parallel_size: Size,
-        pipeline_parallel_size: Size,
-        replicate_size: int,
-        microbatches: int | str,
-        sequence_parallel: bool,
+        sizes: Mapping[str, Size],
+        layout: Layout,
         process_group_backend: str | None,
         timeout: timedelta,
     ) -> None:
         super().__init__()
-        self.data_parallel_size = data_parallel_size
-        self.tensor_parallel_size = tensor_parallel_size
-        self.pipeline_parallel_size = pipeline_parallel_size
-        self.replicate_size = replicate_size
-        self.microbatches = microbatches
-        self.sequence_parallel = sequence_parallel
+        self.sizes = dict(sizes)
+        self.layout = layout
         self.process_group_backend = process_group_backend
         self.timeout = timeout
         self.num_nodes = 1
         self.dims: ParallelDims | None = None
         self._meshes: Meshes | None = None
+        self._with_experts = False
         self._stages_checked: set[RunningStage | None] = set()
 
     @property
@@ -100,7 +101,7 @@ class ProcessGrid(ParallelStrategy):
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
         die_with_launcher()
-        if "auto" not in (self.tensor_parallel_size, self.pipeline_parallel_size):
+        if "auto" not in (self.sizes["tensor_parallel_size"], self.sizes["pipeline_parallel_size"]):
             self.dims = self._resolve_dims(None)
         if not self.cluster_environment.creates_processes_externally:
             self._launcher = ProcessLauncher(
@@ -120,7 +121,8 @@ class ProcessGrid(ParallelStrategy):
         model = model_in_outline(self.lightning_module)
         self.dims = self._resolve_dims(model)
         if model is not None:
-            check_plan(model, self.dims)
+            plan = check_plan(model, self.dims, self.layout)
+            self._with_experts = plan is not None and plan.num_experts > 0 and self.dims.world_size > 1
         check = getattr(self.lightning_module, "check", None)
         if callable(check):
             check(datamodule)
@@ -128,20 +130,16 @@ class ProcessGrid(ParallelStrategy):
             check_data(
                 datamodule,
                 self.dims,
+                self.layout,
                 accumulate=trainer.accumulate_grad_batches,
-                microbatches=self.microbatches,
-                sequence_parallel=self.sequence_parallel,
             )
 
     def _resolve_dims(self, model: nn.Module | None) -> ParallelDims:
         return resolve_dims(
             model,
+            self.sizes,
             world_size=self.num_nodes * self.num_processes,
             devices_per_node=self.num_processes,
-            tensor_parallel_size=self.tensor_parallel_size,
-            pipeline_parallel_size=self.pipeline_parallel_size,
-            data_parallel_size=self.data_parallel_size,
-            replicate_size=self.replicate_size,
         )
 
     def setup_environment(self) -> None:
@@ -159,7 +157,12 @@ class ProcessGrid(ParallelStrategy):
         device_id = self.root_device if self.root_device.type != "cpu" else None
         _init_dist_connection(self.cluster_environment, backend, timeout=self.timeout, device_id=device_id)
         assert self.dims is not None
-        self._meshes = self.dims.build(self.root_device.type, self.timeout)
+        self._meshes = self.dims.build(
+            self.root_device.type,
+            self.timeout,
+            with_experts=self._with_experts,
+            replicate_all=self.layout.replicates_all,
+        )
         rank_zero_info(self.dims.draw())
 
     def set_world_ranks(self) -> None:
@@ -180,8 +183,8 @@ class ProcessGrid(ParallelStrategy):
             return
         self._stages_checked.add(stage)
         seq_len = sequence_length(batch)
-        if seq_len is not None and self.sequence_parallel:
-            check_sequence(seq_len, self.meshes.dims)
+        if seq_len is not None:
+            check_sequence(seq_len, self.meshes.dims, self.layout)
         compare_batches(batch, self.meshes.dims)
 
     def barrier(self, name: str | None = None) -> None:
@@ -198,22 +201,37 @@ class ProcessGrid(ParallelStrategy):
         return objects[0]
 
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
-        """Mean (or another reduction) over the data ranks, the same to the last bit on all ranks.
+        """Mean (or another reduction) over the data and context ranks, the same to the last bit on all ranks.
 
-        Ranks of one data coordinate hold equal values: mean, maximum and minimum over the world are those over the data
-        ranks, and a sum has each value as often as ranks share a model.
+        Tensor and pipeline ranks hold equal values: mean, maximum and minimum over the world are those over the others,
+        and a sum has each value as often as ranks repeat it.
         """
         if not isinstance(tensor, Tensor):
             return tensor
-        reduced = _sync_ddp_if_available(to_plain(tensor), group, reduce_op=reduce_op)
-        if reduce_op in ("sum", dist.ReduceOp.SUM) and self._meshes is not None:
-            copies = self._meshes.dims.model_parallel_size
+        reduced = to_plain(tensor).detach().to(self.root_device, copy=True)
+        if not _distributed_is_initialized():
+            return reduced
+        kind = reduce_op.lower() if isinstance(reduce_op, str) else str(reduce_op).rpartition(".")[2].lower()
+        kind = {"avg": "mean"}.get(kind, kind)
+        if kind == "mean" and not reduced.is_floating_point():
+            reduced = reduced.to(torch.get_default_dtype())
+        # No barrier before it, as Lightning's own has: an all-reduce waits for all ranks anyway.
+        operation = dist.ReduceOp.SUM if kind == "mean" else getattr(dist.ReduceOp, kind.upper())
+        dist.all_reduce(reduced, op=operation, group=group)
+        if kind == "mean":
+            reduced /= dist.get_world_size(group)
+        elif kind == "sum" and self._meshes is not None:
+            # Context ranks have a part of the tokens each; pipeline and tensor ranks repeat what they share.
+            dims = self._meshes.dims
+            copies = dims.pipeline_parallel_size * dims.tensor_parallel_size
             reduced = reduced / copies if reduced.is_floating_point() else reduced // copies
         return reduced
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """Whether all ranks (or any rank) decided so; every rank has a vote here, whatever its data coordinate."""
-        votes = _sync_ddp_if_available(torch.tensor(int(decision), device=self.root_device), reduce_op="sum")
+        votes = torch.tensor(int(decision), device=self.root_device)
+        if _distributed_is_initialized():
+            dist.all_reduce(votes)
         return bool(votes == self.world_size) if all else bool(votes)
 
     def on_exception(self, exception: BaseException) -> None:

@@ -1,38 +1,106 @@
-"""Sharded data parallelism: parameters, gradients and optimizer states split over the data ranks (FSDP2, ZeRO-3).
+"""Sharded data parallelism: parameters, gradients and optimizer states split over the data ranks (FSDP2, ZeRO).
 
-Called once by llm3d.py, after the other axes: a parameter may already be a tensor-parallel DTensor.
+Called once by llm3d.py, after the other axes: a parameter may already be a tensor- or expert-parallel DTensor.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from lightning_llm.errors import ConfigurationError
 
+ZeroStage = Literal[0, 1, 2, 3]
 
-def apply_sharding(model: nn.Module, units: list[nn.Module], mesh: DeviceMesh, *, reshard_after_forward: bool) -> None:
-    """Shards each of `units` and what is left of `model` over `mesh`. Gradients are averaged over the data ranks.
+
+@dataclass(frozen=True, kw_only=True)
+class Sharding:
+    """How parameters are stored, gathered and reduced; the keywords of `fully_shard`.
+
+    Attributes:
+        mesh: `(fsdp)`, or `(dp_replicate, fsdp)` for replicas of shards.
+        reshard_after_forward: Free a unit's whole parameters after its forward (ZeRO-3), or keep them until the
+            backward. Under a pipeline keeping them saves a gather for every microbatch.
+        mp_policy: In what precision modules compute and gradients are reduced.
+        offload_policy: Where the shards are between steps.
+    """
+
+    mesh: DeviceMesh
+    reshard_after_forward: bool
+    mp_policy: MixedPrecisionPolicy = field(default_factory=MixedPrecisionPolicy)
+    offload_policy: OffloadPolicy = field(default_factory=OffloadPolicy)
+
+    def apply(self, module: nn.Module, **keywords: Any) -> None:
+        """Shards what is not sharded yet of `module`."""
+        fully_shard(module, **{**vars(self), **keywords})
+
+
+def apply_sharding(model: nn.Module, units: Iterable[nn.Module], sharding: Sharding) -> None:
+    """Shards each of `units` and what is left of `model`. Gradients are averaged over the ranks of the mesh.
 
     Args:
-        model: Root whose `forward` the training step calls.
+        model: Root whose `forward` the training step (or a pipeline) calls.
         units: Modules gathered and freed as one, usually the blocks.
-        mesh: `(dp_shard)`, or `(dp_replicate, dp_shard)` for hybrid sharding.
-        reshard_after_forward: Free a unit's whole parameters after its forward (ZeRO-3) or keep them until the backward
-            (ZeRO-2). Under a pipeline keeping them saves a gather for every microbatch.
+        sharding: How.
     """
     for unit in units:
-        fully_shard(unit, mesh=mesh, reshard_after_forward=reshard_after_forward)
-    fully_shard(model, mesh=mesh, reshard_after_forward=reshard_after_forward)
+        sharding.apply(unit)
+    sharding.apply(model)
 
 
-def shard_without_plan(module: nn.Module, mesh: DeviceMesh, *, reshard_after_forward: bool) -> None:
+def apply_expert_sharding(experts: Iterable[nn.Module], mesh: DeviceMesh, sharding: Sharding, divisor: float) -> None:
+    """Shards stacked experts over a mesh of their own, before the blocks that they are in.
+
+    Args:
+        experts: Modules with parameters `[experts, ...]`.
+        mesh: `(efsdp)` or `(dp_replicate, efsdp)`, of the expert view.
+        sharding: As for the rest of the model, its mesh apart.
+        divisor: The summed gradients are divided by it (see `expert.expert_divisor`).
+    """
+    shards = mesh["efsdp"].size()
+
+    def placement(parameter: nn.Parameter) -> Shard:
+        # Dim 0 is the experts, which may be fewer than the ranks; another dim must divide.
+        return Shard(1) if parameter.shape[1] % shards == 0 else Shard(0)
+
+    for module in experts:
+        sharding.apply(module, mesh=mesh, shard_placement_fn=placement)
+        assert isinstance(module, FSDPModule)
+        module.set_gradient_divide_factor(divisor)
+        # Gloo has no scaled sum: sum, then divide. With one shard FSDP divides by itself, and would do so twice.
+        module.set_force_sum_reduction_for_comms(shards > 1)
+
+
+def set_accumulation(roots: Iterable[FSDPModule], zero_stage: ZeroStage, *, last: bool) -> None:
+    """What happens between the batches that make up one optimizer step.
+
+    Stages 0 and 1 reduce gradients once a step, after the last batch, and hold whole ones until then; 2 and 3 reduce
+    after every batch. Stages below 3 keep the gathered parameters over all batches of a step. Replicas exchange
+    gradients once a step in any stage.
+
+    Args:
+        roots: Root modules that `apply_sharding` made.
+        zero_stage: Of the run.
+        last: Whether an optimizer step follows the batch.
+    """
+    for root in roots:
+        root.set_requires_gradient_sync(last or zero_stage >= 2)
+        root.set_requires_all_reduce(last)
+        root.set_reshard_after_backward(last or zero_stage == 3)
+
+
+def shard_without_plan(module: nn.Module, sharding: Sharding) -> list[FSDPModule]:
     """Shards a module that offers no plan: each child, with the blocks of its module lists, is a unit of its own.
+
+    Returns:
+        The sharded children.
 
     Raises:
         ConfigurationError: Parameters sit on the module itself, where no forward of a child would gather them, or are
@@ -53,9 +121,10 @@ def shard_without_plan(module: nn.Module, mesh: DeviceMesh, *, reshard_after_for
                     f"{type(module).__name__}.{other} and .{name} share a parameter, and each is sharded by itself. "
                     "Put both into one submodule (for example self.model)."
                 )
-    for child in module.children():
-        if any(True for _ in child.parameters()):
-            apply_sharding(child, blocks_of(child), mesh, reshard_after_forward=reshard_after_forward)
+    children = [child for child in module.children() if any(True for _ in child.parameters())]
+    for child in children:
+        apply_sharding(child, blocks_of(child), sharding)
+    return [child for child in children if isinstance(child, FSDPModule)]
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

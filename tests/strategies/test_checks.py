@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.strategies.checks import check_data, compare_batches
+from lightning_llm.strategies.layout import Layout
 from lightning_llm.strategies.mesh import ParallelDims
 from tests.distributed import run_distributed
 
@@ -83,4 +84,4 @@ def test_data_that_cannot_be_shared_out_is_refused(
 ) -> None:
     dims = ParallelDims.resolve(8 if "tensor_parallel_size" in sizes else 4, **sizes)
     with pytest.raises(ConfigurationError, match=message):
-        check_data(Data(), dims, accumulate=accumulate, microbatches=microbatches, sequence_parallel=True)
+        check_data(Data(), dims, Layout(microbatches=microbatches), accumulate=accumulate)

@@ -17,7 +17,15 @@ from hypothesis import strategies as st
 from lightning_llm import Decoder, DecoderConfig, LLM3DStrategy
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.strategies.checks import resolve_dims
-from lightning_llm.strategies.mesh import AUTOMATIC, DENSE_AXES, EXPERT_AXES, ParallelDims, divisors, recommended_sizes
+from lightning_llm.strategies.mesh import (
+    AUTOMATIC,
+    DENSE_AXES,
+    EXPERT_AXES,
+    GRID_AXES,
+    ParallelDims,
+    divisors,
+    recommended_sizes,
+)
 from tests.distributed import run_distributed
 from tests.strategies.training import SMALL, loader, make_module, make_trainer
 
@@ -42,13 +50,14 @@ def grids(draw: Any) -> ParallelDims:
 @settings(deadline=None)
 @given(grids())
 def test_every_rank_has_one_place_in_both_views(dims: ParallelDims) -> None:
-    assert math.prod(dims.dense_shape) == math.prod(dims.expert_shape) == dims.world_size
-    assert len(dims.dense_shape) == len(DENSE_AXES) and len(dims.expert_shape) == len(EXPERT_AXES)
+    views = {GRID_AXES: dims.grid_shape, DENSE_AXES: dims.dense_shape, EXPERT_AXES: dims.expert_shape}
+    for axes, shape in views.items():
+        assert math.prod(shape) == dims.world_size and len(shape) == len(axes)
     places = [dims.coordinates(rank) for rank in range(dims.world_size)]
     assert len(set(places)) == dims.world_size
-    assert all(0 <= at < size for place in places for at, size in zip(place, dims.dense_shape, strict=True))
+    assert all(0 <= at < size for place in places for at, size in zip(place, dims.grid_shape, strict=True))
     # Row-major, the last axis fastest: the same numbering that torch's meshes have, and tensor peers are neighbours.
-    grid = torch.arange(dims.world_size).view(dims.dense_shape)
+    grid = torch.arange(dims.world_size).view(dims.grid_shape)
     assert all(grid[place] == rank for rank, place in enumerate(places))
 
 
@@ -202,10 +211,8 @@ def test_recommended_sizes_can_be_built(
 def auto(preset: str, world_size: int, **given: Any) -> tuple[int, int, int]:
     with torch.device("meta"):
         model = Decoder(DecoderConfig.preset(preset))
-    sizes: dict[str, Any] = dict.fromkeys(AUTOMATIC, "auto")
-    dims = resolve_dims(
-        model, world_size=world_size, devices_per_node=min(8, world_size), replicate_size=1, **{**sizes, **given}
-    )
+    sizes: dict[str, Any] = {**dict.fromkeys(AUTOMATIC, "auto"), **given}
+    dims = resolve_dims(model, sizes, world_size=world_size, devices_per_node=min(8, world_size))
     return dims.data_parallel_size, dims.tensor_parallel_size, dims.pipeline_parallel_size
 
 
@@ -233,8 +240,11 @@ def build_and_ask() -> list[dict[str, Any]]:
     """What torch's meshes say about this rank, and whom its groups really reach."""
     answers = []
     for sizes in LAYOUTS:
-        meshes = ParallelDims.resolve(dist.get_world_size(), **sizes).build("cpu")
+        dims = ParallelDims.resolve(dist.get_world_size(), **sizes)
+        meshes = dims.build("cpu", with_experts=dims.expert_parallel_size > 1)
         axes = {name: meshes.dense[name] for name in DENSE_AXES}
+        if meshes.grid is not None:
+            axes |= {name: meshes.grid[name] for name in GRID_AXES if name not in axes}
         if meshes.expert is not None:
             axes |= {name: meshes.expert[name] for name in EXPERT_AXES if name not in axes}
         reached = {}
@@ -245,6 +255,7 @@ def build_and_ask() -> list[dict[str, Any]]:
         answers.append(
             {
                 "dense": tuple(meshes.dense.get_coordinate()),
+                "grid": meshes.grid and tuple(meshes.grid.get_coordinate()),
                 "expert": meshes.expert and tuple(meshes.expert.get_coordinate()),
                 "reached": reached,
                 "stage": meshes.stage,
@@ -259,7 +270,7 @@ def build_and_ask() -> list[dict[str, Any]]:
 
 def ranks_beside(dims: ParallelDims, rank: int, along: set[str]) -> list[int]:
     """Ranks whose place differs from that of `rank` at most along the axes `along`."""
-    others = [axis for axis, name in enumerate(DENSE_AXES) if name not in along]
+    others = [axis for axis, name in enumerate(GRID_AXES) if name not in along]
     place = dims.coordinates(rank)
     return [
         other
@@ -273,16 +284,19 @@ def test_built_meshes_put_the_ranks_where_the_arithmetic_says() -> None:
         for sizes, answer in zip(LAYOUTS, answers, strict=True):
             dims = ParallelDims.resolve(8, **sizes)
             place = dims.coordinates(rank)
-            assert answer["dense"] == place
-            for name in DENSE_AXES:
-                line = ranks_beside(dims, rank, {name})
-                assert answer["reached"][name] == line, (sizes, name)
+            pp, replicate, shard, cp, tp = place
+            assert answer["dense"] == (pp, replicate, shard * dims.context_parallel_size + cp, tp)
+            assert answer["grid"] == (place if dims.context_parallel_size > 1 else None)
+            for name, reached in answer["reached"].items():
+                if name not in ("efsdp", "ep"):
+                    along = {"dp_shard", "cp"} if name == "fsdp" else {name}
+                    assert reached == ranks_beside(dims, rank, along), (sizes, name)
             assert answer["stage"] == place[0]
             assert answer["tensor"] == answer["reached"]["tp"]
             assert answer["pipeline"] == answer["reached"]["pp"]
             assert answer["peers"] == [r for r in range(8) if dims.data_rank(r) == dims.data_rank(rank)]
-            data_ranks = ranks_beside(dims, rank, {"dp_replicate", "dp_shard"})
-            assert sorted(answer["sharding"]) == data_ranks, "sharded over the data ranks of this stage and tensor rank"
+            holders = ranks_beside(dims, rank, {"dp_replicate", "dp_shard", "cp"})
+            assert sorted(answer["sharding"]) == holders, "all that repeat this stage and tensor rank"
 
             if dims.expert_parallel_size == 1:
                 assert answer["expert"] is None
@@ -307,4 +321,4 @@ def timeouts() -> list[float]:
 
 def test_a_hung_peer_is_noticed_after_the_time_that_was_set() -> None:
     for seconds in run_distributed(timeouts, 4):
-        assert seconds == [77] * 6, "five axes, and the stages that share a tied tensor"
+        assert seconds == [77] * 5, "four axes, and the stages that share a tied tensor"

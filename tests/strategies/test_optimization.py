@@ -1,4 +1,4 @@
-"""Gradient norms, clipping, precision and the order of a step: what one process computes, every layout computes."""
+"""Gradient norms, clipping and the order of a step: what one process computes, every layout computes."""
 
 from __future__ import annotations
 
@@ -10,19 +10,11 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
 from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
-from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
 from lightning_llm import Decoder, LLM3DStrategy
-from lightning_llm.errors import ConfigurationError
-from lightning_llm.strategies.optimization import (
-    PARAMETER_DTYPES,
-    LLMPrecision,
-    PipelineClosure,
-    PipelineOptimization,
-    gradient_norm,
-    scale_gradients,
-)
+from lightning_llm.strategies.optimization import PipelineClosure, PipelineOptimization, gradient_norm
+from lightning_llm.strategies.precision import LLMPrecision
 from tests.distributed import full, run_distributed
 from tests.strategies.training import BATCH_SIZE, SMALL, loader, make_module, make_trainer
 
@@ -114,11 +106,13 @@ def test_norm_and_clipping_are_those_of_plain_torch(sizes: dict[str, Any], tied:
         assert not unseen, "every parameter was compared"
 
 
-def test_scaling_is_that_of_torch() -> None:
+def test_clipping_is_that_of_torch() -> None:
     for max_norm in (0.5, 100.0):
         ours, theirs = (nn.Parameter(torch.zeros(3)) for _ in range(2))
         ours.grad, theirs.grad = torch.tensor([1.0, -2.0, 2.0]), torch.tensor([1.0, -2.0, 2.0])
-        scale_gradients([ours], max_norm, torch.tensor(3.0))
+        plugin = LLMPrecision("32-true")
+        plugin.attach(lambda: None, lambda: torch.tensor(3.0))
+        plugin.clip_grad_by_norm(torch.optim.SGD([ours]), max_norm)
         nn.utils.clip_grad_norm_([theirs], max_norm)
         torch.testing.assert_close(ours.grad, theirs.grad)
 
@@ -126,10 +120,10 @@ def test_scaling_is_that_of_torch() -> None:
 def test_squares_of_low_precision_gradients_are_summed_in_float32() -> None:
     parameter = nn.Parameter(torch.zeros(1000, dtype=torch.bfloat16))
     parameter.grad = torch.full_like(parameter, 0.1)
-    norm = gradient_norm([parameter], ranks_per_stage=1)
+    norm = gradient_norm([parameter], 1, torch.device("cpu"))
     assert norm.dtype == torch.float32
     assert float(norm) == pytest.approx(float(parameter.grad.double().norm()), rel=2**-8)
-    assert gradient_norm([nn.Parameter(torch.zeros(2))], ranks_per_stage=1) == 0, "without gradients"
+    assert gradient_norm([nn.Parameter(torch.zeros(2))], 1, torch.device("cpu")) == 0, "without gradients"
 
 
 def order_of(kind: type[Closure]) -> list[str]:
@@ -174,38 +168,3 @@ def test_the_loop_is_swapped_once_and_keeps_its_progress() -> None:
     assert installed.optim_progress is before.optim_progress and trainer.global_step == 7
     PipelineOptimization.install(trainer)
     assert epoch_loop.automatic_optimization is installed
-
-
-def precision(name: str) -> LLMPrecision:
-    return LLMPrecision(name, lambda: "cpu", lambda: None, lambda: torch.zeros(()))
-
-
-@pytest.mark.parametrize("name", ["16-mixed", "16-true", "transformer-engine", "fp8"])
-def test_another_precision_is_refused_with_those_that_are_there(name: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"precision='{name}' is not available") as refused:
-        precision(name)
-    assert all(available in str(refused.value) for available in PARAMETER_DTYPES)
-
-
-@pytest.mark.parametrize(("name", "dtype"), PARAMETER_DTYPES.items())
-def test_a_precision_decides_the_types(name: str, dtype: torch.dtype) -> None:
-    plugin, linear = precision(name), nn.Linear(2, 2)
-    assert plugin.convert_module(linear).weight.dtype == dtype
-    with plugin.module_init_context():
-        assert nn.Linear(2, 2).weight.dtype == dtype
-    assert torch.get_default_dtype() == torch.float32
-    with plugin.forward_context():
-        made = torch.ones(2)
-        output = linear(made.to(dtype))
-    assert made.dtype == dtype
-    assert output.dtype == (torch.bfloat16 if name.startswith("bf16") else dtype)
-    assert torch.get_default_dtype() == torch.float32 and not torch.is_autocast_enabled("cpu")
-
-
-def test_autocast_is_that_of_the_strategys_device() -> None:
-    """Lightning sets the precision first and the devices afterwards."""
-    strategy = LLM3DStrategy()
-    strategy.precision_plugin = MixedPrecision("bf16-mixed", "xpu")
-    strategy.parallel_devices = [torch.device("xpu", 0)]
-    with strategy.precision_plugin.forward_context():
-        assert torch.is_autocast_enabled("xpu") and not torch.is_autocast_enabled("cpu")

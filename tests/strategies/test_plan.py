@@ -12,6 +12,7 @@ from torch import nn
 from lightning_llm import Decoder, DecoderConfig
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.strategies.checks import check_plan
+from lightning_llm.strategies.layout import Layout
 from lightning_llm.strategies.mesh import ParallelDims
 from lightning_llm.strategies.plan import ParallelPlan, plan_of
 from tests.strategies.training import SMALL
@@ -143,16 +144,16 @@ def test_sizes_that_a_model_cannot_be_cut_into_are_refused(
     model: nn.Module, sizes: dict[str, int], message: str
 ) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        check_plan(model, ParallelDims.resolve(24, **sizes))
+        check_plan(model, ParallelDims.resolve(24, **sizes), Layout())
 
 
 def test_what_a_refusal_suggests_is_accepted() -> None:
     for size in (1, 2, 3, 6):
-        assert check_plan(WithAttribute(), ParallelDims.resolve(24, tensor_parallel_size=size)) is PLAN
-    assert check_plan(WithMethod(), ParallelDims.resolve(24, pipeline_parallel_size=3)) is not None
-    assert check_plan(Small(), ParallelDims.resolve(24)) is None, "data parallelism needs no plan"
+        assert check_plan(WithAttribute(), ParallelDims.resolve(24, tensor_parallel_size=size), Layout()) is PLAN
+    assert check_plan(WithMethod(), ParallelDims.resolve(24, pipeline_parallel_size=3), Layout()) is not None
+    assert check_plan(Small(), ParallelDims.resolve(24), Layout()) is None, "data parallelism needs no plan"
     model = decoder(SMALL)
     for size in (1, 2):
-        assert check_plan(model, ParallelDims.resolve(4, tensor_parallel_size=size)) is not None
+        assert check_plan(model, ParallelDims.resolve(4, tensor_parallel_size=size), Layout()) is not None
     with pytest.raises(ConfigurationError, match=r"num_key_value_heads\(2\)\. Sizes that this model allows: \[1, 2\]"):
-        check_plan(model, ParallelDims.resolve(4, tensor_parallel_size=4))
+        check_plan(model, ParallelDims.resolve(4, tensor_parallel_size=4), Layout())

@@ -1,0 +1,139 @@
+"""Expert parallelism: each rank of the axis holds some experts of every layer, and tokens travel to theirs.
+
+Two all-to-alls around the stacked experts of a mixture (GShard, https://arxiv.org/abs/2006.16668), with as many tokens
+as each expert really gets: nothing is dropped or padded. Called once by llm3d.py on a model on the meta device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Partial, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
+
+from lightning_llm.models.moe import Experts, Router
+from lightning_llm.strategies.collectives import all_to_all
+from lightning_llm.strategies.mesh import Meshes
+
+
+class _Journey(NamedTuple):
+    """How one batch of tokens came to this rank's experts, to send the results back."""
+
+    sent: list[int]
+    received: list[int]
+    order: Tensor
+
+
+class ExpertParallel(ParallelStyle):
+    """Shards the experts (dim 0 of each parameter) and sends tokens around them.
+
+    The module is called with `(tokens [n, hidden], counts [experts])`, tokens sorted by expert, and sees
+    `(tokens of its own experts, counts [experts / ranks])`.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        self._group = device_mesh.get_group()
+        return distribute_module(
+            module,
+            device_mesh,
+            self._shard,
+            self._dispatch,  # type: ignore[arg-type]  # the stub leaves out that the hook may return inputs
+            self._combine,
+        )
+
+    @staticmethod
+    def _shard(_: str, module: nn.Module, mesh: DeviceMesh) -> None:
+        for name, parameter in module.named_parameters(recurse=False):
+            module.register_parameter(name, nn.Parameter(distribute_tensor(parameter, mesh, [Shard(0)])))
+
+    def _dispatch(self, module: Any, inputs: tuple[Tensor, Tensor], mesh: DeviceMesh) -> tuple[Tensor, Tensor]:
+        tokens, counts = inputs
+        ranks = mesh.size()
+        outgoing = counts.view(ranks, -1)
+        incoming = torch.empty_like(outgoing)
+        dist.all_to_all_single(incoming, outgoing, group=self._group)
+        # The splits of the exchange are needed on the host, whatever the device: this waits for it.
+        sent, received = outgoing.sum(1).tolist(), incoming.sum(1).tolist()
+        tokens = all_to_all(tokens, self._group, sent, received)
+        # They come by source rank, then by expert; experts want them together.
+        expert = torch.arange(incoming.shape[1], device=counts.device).repeat(ranks)
+        order = torch.repeat_interleave(expert, incoming.flatten()).argsort(stable=True)
+        module.journey = _Journey(sent, received, order)
+        return tokens.index_select(0, order), incoming.sum(0)
+
+    def _combine(self, module: Any, output: Tensor, mesh: DeviceMesh) -> Tensor:
+        sent, received, order = module.journey
+        module.journey = None
+        return all_to_all(output.index_select(0, order.argsort()), self._group, received, sent)
+
+
+def apply_expert_parallel(model: nn.Module, meshes: Meshes, *, sequence_parallel: bool) -> None:
+    """Spreads the experts of `model` over the expert axis and tells its routers whom they share tokens with.
+
+    Args:
+        model: Whole model, or what a rank holds of it.
+        meshes: With the expert view.
+        sequence_parallel: Tensor ranks hold different tokens between the blocks; otherwise they hold the same.
+    """
+    assert meshes.expert is not None
+    split = sequence_parallel and meshes.dims.tensor_parallel_size > 1
+    tensor = [meshes.tensor] if split else []
+    context = [meshes.context] if meshes.grid is not None else []
+    data = [meshes.dense["dp_replicate"], meshes.dense["fsdp"]]
+    for module in model.modules():
+        if isinstance(module, Experts) and meshes.expert["ep"].size() > 1:
+            parallelize_module(module, meshes.expert["ep"], ExpertParallel())
+        elif isinstance(module, Router):
+            module.sequence_sum = _sum_over([*context, *tensor])
+            module.data_sum = _sum_over([*data, *tensor])
+
+
+def expert_divisor(meshes: Meshes, *, sequence_parallel: bool) -> float:
+    """What the sum of an expert's gradients over all ranks that feed it is divided by, to be the mean over batches.
+
+    FSDP would divide by the ranks that shard it, which in the expert view are others than those with batches of their
+    own. Without sequence parallelism every tensor rank sends the same tokens, and so the same gradients.
+    """
+    dims = meshes.dims
+    repeated = 1 if sequence_parallel else dims.tensor_parallel_size
+    return float(dims.gradient_ranks * repeated)
+
+
+def experts_of(model: nn.Module) -> list[Experts]:
+    """The stacked experts of every layer."""
+    return [module for module in model.modules() if isinstance(module, Experts)]
+
+
+class RouterParallel(ParallelStyle):
+    """A router's weight on every tensor rank, its inputs plain tensors: with sequence parallelism a slice each.
+
+    Args:
+        sequence_parallel: The ranks route different tokens, so that their gradients add up.
+    """
+
+    def __init__(self, sequence_parallel: bool) -> None:
+        super().__init__()
+        self._gradient = Partial() if sequence_parallel else Replicate()
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, Router)
+        module.local = lambda weight: weight.to_local(grad_placements=[self._gradient])
+        return distribute_module(module, device_mesh)
+
+
+def _sum_over(meshes: list[DeviceMesh]) -> Callable[[Tensor], Tensor]:
+    """Sums a tensor of counts over every rank that differs in the coordinates of these axes."""
+    groups = [mesh.get_group() for mesh in meshes if mesh.size() > 1]
+
+    def total(counts: Tensor) -> Tensor:
+        summed = counts.clone()
+        for group in groups:
+            dist.all_reduce(summed, group=group)
+        return summed
+
+    return total

@@ -1,0 +1,52 @@
+"""The settings of a layout beside its sizes: plain data that the strategy, the checks and the planner read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from lightning_llm.errors import ConfigurationError
+from lightning_llm.strategies.context import CONTEXT_METHODS, ContextMethod
+from lightning_llm.strategies.recompute import check_recompute
+from lightning_llm.strategies.sharding import ZeroStage
+
+Recompute = str | int | float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Everything about a layout but its sizes. See `LLM3DStrategy` for the arguments.
+
+    Raises:
+        ConfigurationError: A setting that does not exist, or two that exclude each other.
+    """
+
+    zero_stage: ZeroStage = 3
+    microbatches: int | Literal["auto"] = "auto"
+    sequence_parallel: bool = True
+    context_parallel_method: ContextMethod = "allgather"
+    recompute: Recompute = "none"
+    compile: bool = False
+    offload_parameters: Literal["cpu"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.zero_stage not in get_args(ZeroStage):
+            raise ConfigurationError(f"zero_stage={self.zero_stage!r} must be 0, 1, 2 or 3.")
+        if self.microbatches != "auto" and (not isinstance(self.microbatches, int) or self.microbatches < 1):
+            raise ConfigurationError(
+                f"microbatches={self.microbatches!r} must be a whole number of at least 1, or 'auto'."
+            )
+        if self.context_parallel_method not in CONTEXT_METHODS:
+            raise ConfigurationError(
+                f"context_parallel_method={self.context_parallel_method!r} must be one of {', '.join(CONTEXT_METHODS)}."
+            )
+        check_recompute(self.recompute, compile=self.compile)
+        if self.offload_parameters not in (None, "cpu"):
+            raise ConfigurationError(
+                f"offload_parameters={self.offload_parameters!r} must be 'cpu' or None. NVMe needs DeepSpeed's engine."
+            )
+
+    @property
+    def replicates_all(self) -> bool:
+        """Whether nothing is sharded over data ranks."""
+        return self.zero_stage == 0

@@ -1,0 +1,117 @@
+"""The one order in which a model is taken apart; each step is a file of its own.
+
+llm3d.py calls `parallelize` with a run's real process groups, the planner's dry run with made-up ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
+
+from lightning_llm.strategies.compile import apply_compile
+from lightning_llm.strategies.context import ContextParallel
+from lightning_llm.strategies.expert import apply_expert_parallel, expert_divisor, experts_of
+from lightning_llm.strategies.layout import Layout
+from lightning_llm.strategies.mesh import Meshes
+from lightning_llm.strategies.pipeline import keep_stage
+from lightning_llm.strategies.plan import ParallelPlan
+from lightning_llm.strategies.recompute import apply_recompute
+from lightning_llm.strategies.sharding import (
+    Sharding,
+    apply_expert_sharding,
+    apply_sharding,
+    shard_without_plan,
+)
+from lightning_llm.strategies.tensor import apply_tensor_parallel
+
+
+@dataclass(kw_only=True)
+class Parts:
+    """What this rank has of a model.
+
+    Attributes:
+        stages: Pipeline stages by number, in the order of the model; without a pipeline the model is stage 0.
+        roots: FSDP root modules.
+        context: The context axis, if there is one.
+    """
+
+    stages: dict[int, nn.Module]
+    roots: list[FSDPModule] = field(default_factory=list)
+    context: ContextParallel | None = None
+
+
+def parallelize(
+    model: nn.Module,
+    plan: ParallelPlan | None,
+    meshes: Meshes,
+    layout: Layout,
+    *,
+    device: torch.device,
+    mp_policy: MixedPrecisionPolicy,
+) -> Parts:
+    """Cuts `model` in place: stages -> context -> tensor -> experts -> recompute -> compile -> shard.
+
+    Args:
+        model: Whole, on the meta device or with equal weights on all ranks.
+        plan: Its plan; None shards it over the data ranks alone.
+        meshes: The process groups.
+        layout: How.
+        device: Where this rank computes.
+        mp_policy: Mixed precision.
+    """
+    dims = meshes.dims
+    sharding = Sharding(
+        mesh=meshes.sharding,
+        reshard_after_forward=layout.zero_stage == 3 and dims.pipeline_parallel_size == 1,
+        mp_policy=mp_policy,
+        offload_policy=_offload_policy(layout, device),
+    )
+    # With one rank on its mesh FSDP is still what computes in mixed precision and offloads.
+    sharded = dims.gradient_ranks > 1 or mp_policy.param_dtype is not None or layout.offload_parameters is not None
+    if plan is None:
+        parts = Parts(stages={0: model})
+        if layout.compile:
+            apply_compile([model])
+        if sharded:
+            parts.roots = shard_without_plan(model, sharding)
+        return parts
+
+    parts = Parts(stages=_stages(model, plan, meshes))
+    if dims.context_parallel_size > 1:
+        parts.context = ContextParallel(meshes.context, layout.context_parallel_method)
+        for stage in parts.stages.values():
+            parts.context.attach(stage)
+    if dims.tensor_parallel_size > 1:
+        apply_tensor_parallel(model, meshes.tensor, plan, sequence_parallel=layout.sequence_parallel)
+    experts = experts_of(model)
+    if experts and meshes.expert is not None:
+        apply_expert_parallel(model, meshes, sequence_parallel=layout.sequence_parallel)
+    units = plan.units(model)
+    apply_recompute(units, layout.recompute)
+    if layout.compile:
+        apply_compile(units)
+    if experts and meshes.expert is not None:
+        divisor = expert_divisor(meshes, sequence_parallel=layout.sequence_parallel)
+        apply_expert_sharding(experts, meshes.expert_sharding, sharding, divisor)
+        sharded = True  # a pipeline holds gradients back until its last microbatch only where a stage is sharded
+    if sharded:
+        for stage in parts.stages.values():
+            apply_sharding(stage, plan.units(stage), sharding)
+        parts.roots = [stage for stage in parts.stages.values() if isinstance(stage, FSDPModule)]
+    return parts
+
+
+def _stages(model: nn.Module, plan: ParallelPlan, meshes: Meshes) -> dict[int, nn.Module]:
+    if meshes.dims.pipeline_parallel_size == 1:
+        return {0: model}
+    keep_stage(model, plan, meshes.stage, meshes.dims.pipeline_parallel_size)
+    return {meshes.stage: model}
+
+
+def _offload_policy(layout: Layout, device: torch.device) -> OffloadPolicy:
+    if layout.offload_parameters is None:
+        return OffloadPolicy()
+    return CPUOffloadPolicy(pin_memory=device.type != "cpu")  # pinned memory is for copies to an accelerator
