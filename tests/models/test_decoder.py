@@ -38,7 +38,7 @@ def test_logits_equal_transformers(variant, reference):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", ["llama-biases", "mistral-window", "qwen2", "qwen3", "smollm2"])
+@pytest.mark.parametrize("variant", ["llama-biases", "mistral-window", "qwen2", "qwen3", "smollm2", "olmoe"])
 def test_gradients_equal_transformers(variant, reference):
     model, folder = reference(variant)
     decoder = Decoder.from_pretrained(folder)
