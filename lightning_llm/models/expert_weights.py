@@ -60,7 +60,7 @@ def file_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 def read_stacked(
     read: Callable[[str, Box, tuple[int, ...]], Tensor], name: str, box: Box, shape: tuple[int, ...]
 ) -> Tensor:
-    """A box of a stacked tensor from a `read` (see `WeightSource`) of single experts; only those in the box are read."""
+    """A box of a stacked tensor from a `read` (see `WeightSource`) of single experts; reads those in the box only."""
     bounds = box_bounds(box, shape)
     first, last = bounds[0]
     out: Tensor | None = None
