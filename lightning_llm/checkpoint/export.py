@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from lightning_llm.checkpoint.distributed import iterate_weights, stored_weights
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.models.config import DecoderConfig
+from lightning_llm.models.expert_weights import to_files
 from lightning_llm.models.weights import DEFAULT_SHARD_SIZE, save_weights, torch_dtype
 
 TOKENIZER = "tokenizer.json"
@@ -53,8 +54,8 @@ def export(
             f"or of another shape, for example {wrong[:3]}."
         )
     element = torch_dtype(dtype) if dtype is not None else stored[next(iter(expected))].properties.dtype
-    tensors = ((name, tensor.to(element)) for name, tensor in iterate_weights(source) if name in expected)
-    save_weights(tensors, target, max_shard_size=max_shard_size)
+    tensors = ((name, tensor) for name, tensor in iterate_weights(source) if name in expected)
+    save_weights(to_files(tensors, config, element), target, max_shard_size=max_shard_size)
     config.replace(dtype=str(element).removeprefix("torch.")).save(target)
     if (source / TOKENIZER).is_file():
         shutil.copyfile(source / TOKENIZER, target / TOKENIZER)

@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from lightning_llm.errors import ConfigurationError
-from lightning_llm.models import huggingface
+from lightning_llm.models import huggingface, sizes
 from lightning_llm.models.presets import PRESETS
 from lightning_llm.models.rotary import normalize_rope_scaling
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+SCORING_FUNCTIONS = ("softmax", "sigmoid")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """The architecture of a dense decoder (Llama 2/3, Mistral, Qwen2/2.5/3, SmolLM2 and their relatives).
+    """The architecture of a decoder (Llama 2/3, Mistral, Qwen2/2.5/3, SmolLM2, Mixtral, OLMoE and their relatives).
 
     Field names are those of Hugging Face's `config.json`. Values are checked on construction; what cannot work, or
     could not be exported as a Hugging Face architecture, raises `ConfigurationError` with the arithmetic.
@@ -52,16 +53,44 @@ class DecoderConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     """RMSNorm over each head of q and k before the rotary embedding (Qwen3)."""
+    qk_norm_whole: bool = False
+    """With `qk_norm`: one RMSNorm over all heads of q together, and one over those of k (OLMoE)."""
     sliding_window: int | None = None
     """A token sees itself and the `sliding_window - 1` tokens before it, in the layers that `layer_types` says."""
     layer_types: tuple[str, ...] | None = None
     """"full_attention" | "sliding_attention" per layer. None: all sliding if `sliding_window` is set, else all full."""
+    num_experts: int | None = None
+    """Experts of each mixture-of-experts layer. None or 0: every layer is dense."""
+    num_experts_per_tok: int = None  # type: ignore[assignment]
+    """How many of them each token is sent to."""
+    moe_intermediate_size: int = None  # type: ignore[assignment]
+    """Width of one expert. None: `intermediate_size`, which otherwise is that of the dense layers."""
+    norm_topk_prob: bool = True
+    """The weights of a token's experts are divided by their sum."""
+    scoring_func: str = "softmax"
+    """"softmax" over the experts, or "sigmoid" of each (DeepSeek-V3, arXiv:2412.19437)."""
+    routed_scaling_factor: float = 1.0
+    """What the weights of the experts are multiplied by in the end."""
+    use_routing_bias: bool = False
+    """A bias per expert, `e_score_correction_bias`, decides with the scores which experts are chosen, but not their
+    weights: balance without an auxiliary loss (DeepSeek-V3). No gradient reaches it; see `Router.update_bias`."""
+    n_shared_experts: int = 0
+    """Experts that every token meets, as one MLP of `n_shared_experts * moe_intermediate_size`."""
+    decoder_sparse_step: int = 1
+    """Every n-th layer has experts (layers n - 1, 2n - 1, ...), ..."""
+    mlp_only_layers: tuple[int, ...] = ()
+    """... but not these ..."""
+    first_k_dense_replace: int = 0
+    """... and not the first k."""
+    router_aux_loss_coef: float = 0.001
+    """Weight of the load-balancing loss in training (see `RouterLosses`)."""
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
     model_type: str = None  # type: ignore[assignment]
-    """The Hugging Face family to export as: llama, mistral, ministral, qwen2, qwen3. None: the one that fits."""
+    """The Hugging Face family to export as: llama, mistral, ministral, qwen2, qwen3, mixtral, qwen3_moe, olmoe, dots1.
+    None: the one that fits."""
     dtype: str = "float32"
     """The element type of the weights on disk."""
 
@@ -82,6 +111,7 @@ class DecoderConfig:
         if isinstance(self.eos_token_id, list | tuple):
             self._set("eos_token_id", tuple(self.eos_token_id))
         self._check_layers()
+        self._check_experts()
         self._set(
             "rope_scaling",
             normalize_rope_scaling(
@@ -117,7 +147,7 @@ class DecoderConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigurationError(f"{name} must be a positive integer, not {value!r}.")
-        for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
+        for name in ("rms_norm_eps", "rope_theta", "initializer_range", "routed_scaling_factor"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
                 raise ConfigurationError(f"{name} must be a positive number, not {value!r}.")
@@ -129,9 +159,54 @@ class DecoderConfig:
                 f"{self.num_attention_heads % self.num_key_value_heads}, not 0: every key-value head must serve "
                 "equally many attention heads."
             )
+        if self.qk_norm_whole and not self.qk_norm:
+            raise ConfigurationError("qk_norm_whole is True, but qk_norm is not: set both, or neither.")
         if self.head_dim % 2:
             raise ConfigurationError(
                 f"head_dim {self.head_dim} is odd: the rotary embedding turns pairs, so make it even."
+            )
+
+    def _check_experts(self) -> None:
+        self._set("num_experts", self.num_experts or None)
+        self._set("mlp_only_layers", tuple(self.mlp_only_layers))
+        if self.num_experts is None:
+            for name in ("num_experts_per_tok", "moe_intermediate_size", "n_shared_experts", "use_routing_bias"):
+                if getattr(self, name):
+                    raise ConfigurationError(
+                        f"{name} is {getattr(self, name)}, but num_experts is not set: set it, or leave {name} out."
+                    )
+            return
+        if self.moe_intermediate_size is None:
+            self._set("moe_intermediate_size", self.intermediate_size)
+        minima = {"num_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": 1, "decoder_sparse_step": 1}
+        minima |= {"n_shared_experts": 0, "first_k_dense_replace": 0}
+        for name, minimum in minima.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+                raise ConfigurationError(f"{name} must be an integer of at least {minimum}, not {value!r}.")
+        if self.num_experts_per_tok > self.num_experts:
+            raise ConfigurationError(
+                f"num_experts_per_tok {self.num_experts_per_tok} > num_experts {self.num_experts}: a token cannot be "
+                "sent to more experts than there are."
+            )
+        if self.scoring_func not in SCORING_FUNCTIONS:
+            raise ConfigurationError(
+                f"scoring_func {self.scoring_func!r} is not known: use {' or '.join(SCORING_FUNCTIONS)}."
+            )
+        coefficient = self.router_aux_loss_coef
+        if not isinstance(coefficient, int | float) or not 0 <= coefficient < math.inf:
+            raise ConfigurationError(f"router_aux_loss_coef must be a number of at least 0, not {coefficient!r}.")
+        outside = [layer for layer in self.mlp_only_layers if layer not in range(self.num_hidden_layers)]
+        if outside:
+            raise ConfigurationError(
+                f"mlp_only_layers names layer {outside[0]}, but the last of {self.num_hidden_layers} layers is "
+                f"{self.num_hidden_layers - 1}."
+            )
+        if not self.num_moe_layers:
+            raise ConfigurationError(
+                f"num_experts is {self.num_experts}, but none of the {self.num_hidden_layers} layers has experts: "
+                f"decoder_sparse_step {self.decoder_sparse_step}, mlp_only_layers {list(self.mlp_only_layers)} and "
+                f"first_k_dense_replace {self.first_k_dense_replace} leave none. Change one of them."
             )
 
     def _check_layers(self) -> None:
@@ -222,48 +297,42 @@ class DecoderConfig:
             return None
         return self.sliding_window
 
+    def layer_is_moe(self, layer: int) -> bool:
+        """Whether a layer has experts in place of the dense MLP."""
+        return (
+            self.num_experts is not None
+            and layer >= self.first_k_dense_replace
+            and layer not in self.mlp_only_layers
+            and (layer + 1) % self.decoder_sparse_step == 0
+        )
+
+    @property
+    def num_moe_layers(self) -> int:
+        """How many layers have experts."""
+        return sum(self.layer_is_moe(layer) for layer in range(self.num_hidden_layers))
+
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every parameter, in the order of `Decoder.named_parameters()`; a tied lm_head is not one."""
-        heads, kv_heads = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        hidden, intermediate = self.hidden_size, self.intermediate_size
-        block: dict[str, tuple[int, ...]] = {}
+        """Name -> shape of every tensor that makes up the weights, in the order of `Decoder.state_dict()`.
 
-        def linear(name: str, rows: int, columns: int, bias: bool) -> None:
-            block[f"{name}.weight"] = (rows, columns)
-            if bias:
-                block[f"{name}.bias"] = (rows,)
-
-        linear("self_attn.q_proj", heads, hidden, self.attention_bias)
-        linear("self_attn.k_proj", kv_heads, hidden, self.attention_bias)
-        linear("self_attn.v_proj", kv_heads, hidden, self.attention_bias)
-        linear("self_attn.o_proj", hidden, heads, self.attention_output_bias)
-        if self.qk_norm:
-            block["self_attn.q_norm.weight"] = block["self_attn.k_norm.weight"] = (self.head_dim,)
-        linear("mlp.gate_proj", intermediate, hidden, self.mlp_bias)
-        linear("mlp.up_proj", intermediate, hidden, self.mlp_bias)
-        linear("mlp.down_proj", hidden, intermediate, self.mlp_bias)
-        block["input_layernorm.weight"] = block["post_attention_layernorm.weight"] = (hidden,)
-
-        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, hidden)}
-        for layer in range(self.num_hidden_layers):
-            shapes.update({f"model.layers.{layer}.{name}": shape for name, shape in block.items()})
-        shapes["model.norm.weight"] = (hidden,)
-        if not self.tie_word_embeddings:
-            shapes["lm_head.weight"] = (self.vocab_size, hidden)
-        return shapes
+        That is every parameter and the routing biases. A tied lm_head is not one. Experts are stacked; for their names
+        in a Hugging Face folder see `expert_weights.py`.
+        """
+        return sizes.parameter_shapes(self)
 
     def num_parameters(self) -> int:
         """The exact number of parameters; a tied lm_head counts once."""
-        return sum(math.prod(shape) for shape in self.parameter_shapes().values())
+        return sizes.num_parameters(self)
+
+    def num_active_parameters(self) -> int:
+        """The parameters that one token meets: of the experts of each layer `num_experts_per_tok`, and all others."""
+        return sizes.num_active_parameters(self)
 
     def flops_per_token(self, seq_len: int) -> float:
         """Floating-point operations of training on one token, forward and backward, at `seq_len` tokens per sequence.
 
-        6 for every parameter that is multiplied (the embedding table is only looked up; tied, it is also the head and
-        counts) plus 12 * layers * heads * head_dim * context for attention: PaLM, arXiv:2204.02311, appendix B, the
-        usual convention for model FLOPs utilisation (the causal mask is not discounted). A sliding window caps the
-        context.
+        6 for every active parameter that is multiplied (the embedding table is only looked up; tied, it is also the
+        head and counts) plus 12 * layers * heads * head_dim * context for attention: PaLM, arXiv:2204.02311, appendix
+        B, the usual convention for model FLOPs utilisation (the causal mask is not discounted). A sliding window caps
+        the context.
         """
-        embedding = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
-        attended = sum(min(seq_len, self.layer_window(i) or seq_len) for i in range(self.num_hidden_layers))
-        return 6 * (self.num_parameters() - embedding) + 12 * self.num_attention_heads * self.head_dim * attended
+        return sizes.flops_per_token(self, seq_len)

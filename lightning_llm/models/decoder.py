@@ -5,6 +5,7 @@ Parameter names are Hugging Face's, so checkpoints load without renaming. Attent
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,16 +14,12 @@ from torch import Tensor, nn
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.models.attention import AttentionFunction, causal_attention
 from lightning_llm.models.config import DecoderConfig
+from lightning_llm.models.expert_weights import PretrainedWeights, to_files
 from lightning_llm.models.initialization import RandomInit
+from lightning_llm.models.mlp import MLP
+from lightning_llm.models.moe import MoE, RouterLosses
 from lightning_llm.models.rotary import Rope, cos_sin, rotate
-from lightning_llm.models.weights import (
-    DEFAULT_SHARD_SIZE,
-    SafetensorsSource,
-    check_names,
-    load_weights,
-    save_weights,
-    torch_dtype,
-)
+from lightning_llm.models.weights import DEFAULT_SHARD_SIZE, load_weights, save_weights, torch_dtype
 
 
 class RMSNorm(nn.Module):
@@ -60,58 +57,65 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_heads, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_heads, bias=config.attention_bias)
         self.o_proj = nn.Linear(heads, config.hidden_size, bias=config.attention_output_bias)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.qk_norm_whole = config.qk_norm_whole
+        q_size, k_size = (heads, kv_heads) if config.qk_norm_whole else (config.head_dim, config.head_dim)
+        self.q_norm = RMSNorm(q_size, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(k_size, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(
-        self, x: Tensor, *, positions: Tensor | int | None = None, attention: AttentionFunction = causal_attention
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor | int | None = None,
+        attention: AttentionFunction = causal_attention,
+        document_ids: Tensor | None = None,
     ) -> Tensor:
         """See `Decoder.forward`."""
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-        if self.q_norm is not None and self.k_norm is not None:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.q_norm is not None and self.k_norm is not None and self.qk_norm_whole:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (projected.unflatten(-1, (-1, self.head_dim)) for projected in (q, k, v))
+        if self.q_norm is not None and self.k_norm is not None and not self.qk_norm_whole:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         # The length is q's: with sequence parallelism x is a slice of the sequence that the projections gather.
         cos, sin = cos_sin(self.rope, positions, q.shape[2], device=q.device, dtype=q.dtype)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out = attention(q, k, v, layer=self.layer, scale=self.scale, sliding_window=self.sliding_window)
+        documents: dict[str, Any] = {} if document_ids is None else {"document_ids": document_ids}
+        out = attention(q, k, v, layer=self.layer, scale=self.scale, sliding_window=self.sliding_window, **documents)
         return self.o_proj(out.transpose(1, 2).flatten(-2))
 
 
-class MLP(nn.Module):
-    """SwiGLU feed-forward (arXiv:2002.05202): [batch, seq, hidden] -> [batch, seq, hidden]."""
-
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Down(silu(gate(x)) * up(x))."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class Block(nn.Module):
-    """One layer: attention and MLP, each behind a norm and a residual.
+    """One layer: attention and MLP or experts, each behind a norm and a residual.
 
     Sub-modules get exactly one positional argument: torch's tensor-parallel styles hook positional inputs.
     """
 
-    def __init__(self, config: DecoderConfig, layer: int) -> None:
+    def __init__(self, config: DecoderConfig, layer: int, router_losses: RouterLosses) -> None:
         super().__init__()
         self.self_attn = Attention(config, layer)
-        self.mlp = MLP(config)
+        self.mlp: MoE | MLP
+        if config.layer_is_moe(layer):
+            self.mlp = MoE(config, router_losses)
+        else:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, *, positions: Tensor | int | None = None, attention: AttentionFunction = causal_attention
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor | int | None = None,
+        attention: AttentionFunction = causal_attention,
+        document_ids: Tensor | None = None,
     ) -> Tensor:
         """See `Decoder.forward`; hidden states [batch, seq, hidden] in and out."""
-        x = x + self.self_attn(self.input_layernorm(x), positions=positions, attention=attention)
+        attended = self.self_attn(
+            self.input_layernorm(x), positions=positions, attention=attention, document_ids=document_ids
+        )
+        x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -119,20 +123,25 @@ class Trunk(nn.Module):
     """Everything below the head. Each part may be missing (a pipeline stage); `layers` keeps global indices as keys,
     so that parameter names are the same in every layout."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, router_losses: RouterLosses) -> None:
         super().__init__()
         self.embed_tokens: nn.Embedding | None = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleDict({str(i): Block(config, i) for i in range(config.num_hidden_layers)})
+        self.layers = nn.ModuleDict({str(i): Block(config, i, router_losses) for i in range(config.num_hidden_layers)})
         self.norm: RMSNorm | None = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, *, positions: Tensor | int | None = None, attention: AttentionFunction = causal_attention
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor | int | None = None,
+        attention: AttentionFunction = causal_attention,
+        document_ids: Tensor | None = None,
     ) -> Tensor:
         """Hidden states [batch, seq, hidden]; see `Decoder.forward`."""
         if self.embed_tokens is not None:
             x = self.embed_tokens(x)
         for block in self.layers.values():
-            x = block(x, positions=positions, attention=attention)
+            x = block(x, positions=positions, attention=attention, document_ids=document_ids)
         return x if self.norm is None else self.norm(x)
 
 
@@ -145,15 +154,18 @@ class Decoder(nn.Module):
 
     A pipeline stage is the same object with parts removed: `model.embed_tokens`, `model.norm` and `lm_head` set to
     None, keys deleted from `model.layers`.
+
+    `router_losses` is what its routers share: set `router_losses.scale` to train with their auxiliary losses.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
+        self.router_losses = RouterLosses(config)
         device = torch.get_default_device()
         # Building on meta first skips the initialisation that torch's layers would do and `reset_parameters` overwrite.
         with torch.device("meta"):
-            self.model = Trunk(config)
+            self.model = Trunk(config, self.router_losses)
             self.lm_head: nn.Linear | None = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if device.type != "meta":
             self.to_empty(device=device)
@@ -162,7 +174,12 @@ class Decoder(nn.Module):
             self.reset_parameters()
 
     def forward(
-        self, x: Tensor, *, positions: Tensor | int | None = None, attention: AttentionFunction = causal_attention
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor | int | None = None,
+        attention: AttentionFunction = causal_attention,
+        document_ids: Tensor | None = None,
     ) -> Tensor:
         """Logits [batch, seq, vocab] for token ids [batch, seq].
 
@@ -172,8 +189,10 @@ class Decoder(nn.Module):
             positions: where the tokens stand: a tensor [seq] or [batch, seq], or an int for consecutive tokens from
                 there on. None: from 0.
             attention: see `AttentionFunction`.
+            document_ids: [batch, seq] ints, where several documents are packed into a sequence: tokens attend only to
+                tokens of their own.
         """
-        x = self.model(x, positions=positions, attention=attention)
+        x = self.model(x, positions=positions, attention=attention, document_ids=document_ids)
         return x if self.lm_head is None else self.lm_head(x)
 
     def tie_weights(self) -> None:
@@ -204,8 +223,7 @@ class Decoder(nn.Module):
                 named.
         """
         config = DecoderConfig.load(folder)
-        with SafetensorsSource(folder) as source:
-            check_names(config.parameter_shapes(), source)
+        with PretrainedWeights(folder, config) as source:
             with torch.device("meta"):
                 decoder = cls(config)
             decoder.to(torch_dtype(dtype or config.dtype)).to_empty(device=device or torch.get_default_device())
@@ -222,14 +240,15 @@ class Decoder(nn.Module):
         Raises:
             ConfigurationError: parts of the model are not here (a pipeline stage).
         """
-        tensors = dict(self.named_parameters())
-        missing = self.config.parameter_shapes().keys() - tensors.keys()
+        shapes = self.config.parameter_shapes()
+        tensors = {name: tensor for name, tensor in self.state_dict().items() if name in shapes}
+        missing = shapes.keys() - tensors.keys()
         if missing:
             raise ConfigurationError(
-                f"This decoder holds {len(tensors)} of {len(tensors) + len(missing)} parameters (a pipeline stage?), "
+                f"This decoder holds {len(tensors)} of {len(shapes)} parameters (a pipeline stage?), "
                 "so it cannot be saved as a whole: export the checkpoint instead."
             )
         dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         self.config.replace(dtype=dtype).save(folder)
-        save_weights(tensors.items(), folder, max_shard_size=max_shard_size)
+        save_weights(to_files(tensors.items(), self.config), folder, max_shard_size=max_shard_size)
         return Path(folder)

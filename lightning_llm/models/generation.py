@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_llm.errors import ConfigurationError
-from lightning_llm.models.attention import causal_attention, window_mask
+from lightning_llm.models.attention import causal_attention, visible
 from lightning_llm.models.decoder import Decoder
 
 
@@ -64,7 +64,8 @@ class KVCache:
             # no mask, and no copies of k and v.
             rows = q.squeeze(2).unflatten(1, (k.shape[1], -1))
             return F.scaled_dot_product_attention(rows, keys, values, scale=scale).flatten(1, 2).unsqueeze(2)
-        mask = window_mask(new, end - first, sliding_window, device=q.device)
+        positions = torch.arange(first, end, device=q.device)
+        mask = visible(positions[-new:], positions, sliding_window=sliding_window)
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped)
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_llm.models.config import DecoderConfig
+from lightning_llm.models.expert_weights import is_stacked, read_stacked
+from lightning_llm.models.sizes import ROUTING_BIAS
 from lightning_llm.models.weights import Box, box_bounds
 
 # Tensors are drawn in blocks of whole rows of about this many elements, each from its own generator: a rank that holds
@@ -22,7 +24,7 @@ class RandomInit:
 
     Norms are 1 and biases 0; matrices are normal(0, initializer_range), and those that write to the residual stream
     (o_proj, down_proj) are further divided by sqrt(2 * layers), since that many of them add up there (GPT-2, Radford et
-    al. 2019, section 2.3).
+    al. 2019, section 2.3). Each expert is drawn as the matrix that it would be alone.
     """
 
     def __init__(self, config: DecoderConfig, seed: int = 0) -> None:
@@ -31,11 +33,13 @@ class RandomInit:
 
     def read(self, name: str, box: Box, shape: tuple[int, ...]) -> Tensor:
         """The part `box` of the parameter `name`, whose whole shape is `shape`: float32 on the CPU."""
+        if is_stacked(name):
+            return read_stacked(self.read, name, box, shape)
         bounds = box_bounds(box, shape)
         size = tuple(stop - start for start, stop in bounds)
         if name.endswith("norm.weight"):
             return torch.ones(size, device="cpu", dtype=torch.float32)
-        if name.endswith(".bias"):
+        if name.endswith((".bias", ROUTING_BIAS)):
             return torch.zeros(size, device="cpu", dtype=torch.float32)
         std = self.config.initializer_range
         if name.endswith(("o_proj.weight", "down_proj.weight")):

@@ -24,8 +24,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.models.config import DecoderConfig
 from lightning_llm.models.decoder import Decoder
+from lightning_llm.models.expert_weights import PretrainedWeights
 from lightning_llm.models.initialization import RandomInit
-from lightning_llm.models.weights import SafetensorsSource, WeightSource, check_names, load_weights
+from lightning_llm.models.weights import WeightSource, load_weights
 
 IGNORED = -100
 Schedule = Literal["cosine", "wsd", "constant"]
@@ -112,9 +113,7 @@ class LLMModule(LightningModule):
         """
         if self.folder is None:
             return RandomInit(self.config, self.seed)
-        source = SafetensorsSource(self.folder)
-        check_names(self.config.parameter_shapes(), source)
-        return source
+        return PretrainedWeights(self.folder, self.config)
 
     def configure_model(self) -> None:
         """Builds the decoder. A strategy that cuts models gets it on the meta device and fills it afterwards."""

@@ -1,4 +1,4 @@
-"""The named models: published architectures as plain dictionaries, plus `tiny`, which trains on a laptop.
+"""The named models: published architectures as plain dictionaries, plus `tiny` and others that train on a laptop.
 
 Read by `DecoderConfig.preset`. Every figure is the one in the model's public `config.json`; to add a model, add a row.
 """
@@ -84,6 +84,25 @@ _QWEN3: dict[str, Any] = {
     "dtype": "bfloat16",
 }
 
+_MIXTRAL: dict[str, Any] = {
+    "model_type": "mixtral",
+    "vocab_size": 32000,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "rope_theta": 1000000.0,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "dtype": "bfloat16",
+}
+_QWEN3_MOE: dict[str, Any] = {
+    **_QWEN3,
+    "model_type": "qwen3_moe",
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "router_aux_loss_coef": 0.001,
+}
+
 
 def _sizes(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> dict[str, Any]:
     return {
@@ -107,6 +126,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model_type": "llama",
         "vocab_size": 4096,
         **_sizes(384, 1024, 6, 6, 2),
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+    },
+    # A token meets as many parameters of experts as `tiny` has of MLPs.
+    "tiny-moe": {
+        "model_type": "qwen3_moe",
+        "qk_norm": True,
+        "vocab_size": 4096,
+        **_sizes(256, 704, 4, 8, 4),
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 352,
+        "router_aux_loss_coef": 0.01,
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-5,
     },
@@ -139,4 +171,34 @@ PRESETS: dict[str, dict[str, Any]] = {
     "qwen3-8b": {**_QWEN3, **_sizes(4096, 12288, 36, 32, 8)},
     "qwen3-14b": {**_QWEN3, **_sizes(5120, 17408, 40, 40, 8)},
     "qwen3-32b": {**_QWEN3, **_sizes(5120, 25600, 64, 64, 8)},
+    "mixtral-8x7b": {
+        **_MIXTRAL,
+        **_sizes(4096, 14336, 32, 32, 8),
+        "max_position_embeddings": 32768,
+        "router_aux_loss_coef": 0.02,
+    },
+    "mixtral-8x22b": {
+        **_MIXTRAL,
+        **_sizes(6144, 16384, 56, 48, 8),
+        "max_position_embeddings": 65536,
+        "router_aux_loss_coef": 0.001,
+    },
+    "qwen3-30b-a3b": {**_QWEN3_MOE, **_sizes(2048, 6144, 48, 32, 4), "moe_intermediate_size": 768},
+    "qwen3-235b-a22b": {**_QWEN3_MOE, **_sizes(4096, 12288, 94, 64, 4), "moe_intermediate_size": 1536},
+    "olmoe-1b-7b": {
+        "model_type": "olmoe",
+        "qk_norm": True,
+        "qk_norm_whole": True,
+        "vocab_size": 50304,
+        **_sizes(2048, 1024, 16, 16, 16),
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": False,
+        "router_aux_loss_coef": 0.01,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "eos_token_id": 50279,
+        "pad_token_id": 1,
+        "dtype": "bfloat16",
+    },
 }

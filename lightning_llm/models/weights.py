@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -171,32 +171,40 @@ def load_weights(
     local: Callable[[Tensor], tuple[Tensor, Box, tuple[int, ...]]] = whole,
     names: Iterable[str] | None = None,
 ) -> None:
-    """Copies weights into the model's parameters, one at a time, converting type and device on the way.
+    """Copies weights into the model's parameters and persistent buffers, one at a time, converting type and device on
+    the way.
 
     Args:
-        local: parameter -> (the tensor that this rank holds, its box in the global tensor, the global shape).
-        names: only these parameters; None: all.
+        local: tensor -> (the tensor that this rank holds, its box in the global tensor, the global shape).
+        names: only these tensors; None: all.
 
     Raises:
         ConfigurationError: the source lacks a tensor or has it in another shape.
     """
     wanted = None if names is None else set(names)
-    for name, parameter in model.named_parameters():
+    for name, tensor in _stored_tensors(model):
         if wanted is not None and name not in wanted:
             continue
-        target, box, shape = local(parameter)
+        target, box, shape = local(tensor)
         if target.numel() == 0:  # a rank's share can be empty when a dim does not divide
             continue
         part = source.read(name, box, shape)
-        if not part.is_floating_point():
+        if target.is_floating_point() and not part.is_floating_point():
             raise ConfigurationError(
                 f"{name} holds {part.dtype} values: quantised weights cannot be loaded as they are."
             )
         target.copy_(part)
 
 
+def _stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What makes up the model's `state_dict()`, each tensor once."""
+    yield from model.named_parameters()
+    stored = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if id(buffer) in stored)
+
+
 def check_names(expected: dict[str, tuple[int, ...]], source: SafetensorsSource) -> None:
-    """Compares names and shapes of a whole model (`DecoderConfig.parameter_shapes()`) with what a source has.
+    """Compares names and shapes of a whole model (`expert_weights.file_shapes`) with what a source has.
 
     Rotary `inv_freq` buffers are ignored, and so is an lm_head that the model ties to its embedding.
 

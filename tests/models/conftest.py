@@ -34,6 +34,14 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+EXPERTS: dict[str, Any] = {"num_experts_per_tok": 3}
+DOTS1: dict[str, Any] = {
+    "n_routed_experts": 6,
+    "moe_intermediate_size": 40,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
+}
 
 # name -> (transformers config class, changes to SIZES)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -95,7 +103,34 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "max_window_layers": 2,
         },
     ),
+    "mixtral": ("Mixtral", {**EXPERTS, "num_local_experts": 6}),
+    "mixtral-window": ("Mixtral", {"sliding_window": 7, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
+    "qwen3-moe": ("Qwen3Moe", {**EXPERTS, "num_experts": 6, "moe_intermediate_size": 40, "head_dim": 24}),
+    "qwen3-moe-some-layers": (
+        "Qwen3Moe",
+        {
+            **EXPERTS,
+            "num_experts": 6,
+            "moe_intermediate_size": 40,
+            "norm_topk_prob": True,
+            "num_hidden_layers": 4,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [3],
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 9,
+        },
+    ),
+    "olmoe": ("Olmoe", {**EXPERTS, "num_experts": 6, "eos_token_id": 3}),
+    "olmoe-normalised": ("Olmoe", {**EXPERTS, "num_experts": 6, "norm_topk_prob": True, "num_key_value_heads": 4}),
+    "dots1": ("Dots1", {**EXPERTS, **DOTS1, "sliding_window": None}),
+    "dots1-window": (
+        "Dots1",
+        {**EXPERTS, **DOTS1, "norm_topk_prob": True, "n_shared_experts": 2, "sliding_window": 6, "max_window_layers": 1},
+    ),
 }
+WITH_EXPERTS = [name for name, (family, _) in VARIANTS.items() if family in ("Mixtral", "Qwen3Moe", "Olmoe", "Dots1")]
 
 
 def make_reference(variant: str, **changes: Any) -> Any:
@@ -108,6 +143,9 @@ def make_reference(variant: str, **changes: Any) -> Any:
     torch.manual_seed(len(variant))
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0, 0.2)
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(0, 0.3)

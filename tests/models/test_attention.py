@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_llm.models.attention import causal_attention, window_mask
+from lightning_llm.models.attention import causal_attention, visible
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 5, 6, 50])
@@ -24,7 +24,31 @@ def test_equals_the_definition(window, kv_heads, seq):
             torch.testing.assert_close(out[:, head, i], expected)
 
 
-def test_window_mask_of_late_queries_is_the_bottom_of_the_square():
-    square = window_mask(9, 9, 4, device=torch.device("cpu"))
-    assert torch.equal(window_mask(3, 9, 4, device=torch.device("cpu")), square[-3:])
-    assert square.sum(1).tolist() == [1, 2, 3, 4, 4, 4, 4, 4, 4]
+@pytest.mark.parametrize("window", [None, 1, 4])
+def test_visible_is_the_definition(window):
+    generator = torch.Generator().manual_seed(0)
+    # As a context-parallel rank asks: some of the positions, in any order, and a document per token.
+    q_positions, k_positions = torch.randperm(12, generator=generator)[:5], torch.randperm(12, generator=generator)
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2], [5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 7, 7]])
+    q_documents, k_documents = documents[:, q_positions], documents[:, k_positions]
+    seen = visible(q_positions, k_positions, q_documents, k_documents, window)
+    assert seen.shape == (2, 5, 12)
+    for batch in range(2):
+        for i, q in enumerate(q_positions.tolist()):
+            for j, k in enumerate(k_positions.tolist()):
+                expected = k <= q and (window is None or q - k < window) and documents[batch, q] == documents[batch, k]
+                assert seen[batch, i, j] == expected
+    assert torch.equal(visible(q_positions, k_positions), q_positions[:, None] >= k_positions)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_documents_attend_to_themselves_only(window):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, 9, 8, generator=generator, dtype=torch.float64)
+    k, v = torch.randn(2, 2, 2, 9, 8, generator=generator, dtype=torch.float64)
+    documents = torch.tensor([[0] * 4 + [1] * 5, [3] * 9])
+    options = {"layer": 0, "scale": 0.3, "sliding_window": window}
+    out = causal_attention(q, k, v, document_ids=documents, **options)
+    for batch, start, end in ((0, 0, 4), (0, 4, 9), (1, 0, 9)):
+        part = (slice(batch, batch + 1), slice(None), slice(start, end))
+        torch.testing.assert_close(out[part], causal_attention(q[part], k[part], v[part], **options))

@@ -8,7 +8,9 @@ import torch
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.models.config import DecoderConfig
 from lightning_llm.models.decoder import Decoder
+from lightning_llm.models.expert_weights import file_shapes
 from lightning_llm.models.presets import PRESETS
+from lightning_llm.models.weights import SafetensorsSource
 from tests.models.conftest import LLAMA3, LONGROPE, SIZES, VARIANTS, YARN
 
 SMALL = {
@@ -41,6 +43,11 @@ PUBLISHED = {
     "qwen3-8b": 8_190_735_360,
     "qwen3-14b": 14_768_307_200,
     "qwen3-32b": 32_762_123_264,
+    "mixtral-8x7b": 46_702_792_704,
+    "mixtral-8x22b": 140_620_634_112,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
+    "olmoe-1b-7b": 6_919_161_856,
 }
 
 
@@ -54,8 +61,14 @@ def test_parameter_shapes_are_the_decoders(name):
     config = DecoderConfig.preset(name)
     with torch.device("meta"):
         decoder = Decoder(config)
-    assert {n: tuple(p.shape) for n, p in decoder.named_parameters()} == config.parameter_shapes()
-    assert [n for n, _ in decoder.named_parameters()] == list(config.parameter_shapes())
+    check_shapes(config, decoder)
+
+
+def check_shapes(config: DecoderConfig, decoder: Decoder) -> None:
+    own = {n: tuple(t.shape) for n, t in decoder.state_dict().items()}
+    if config.tie_word_embeddings:
+        del own["lm_head.weight"]
+    assert list(own.items()) == list(config.parameter_shapes().items())
     assert sum(p.numel() for p in decoder.parameters()) == config.num_parameters()
 
 
@@ -63,7 +76,10 @@ def test_parameter_shapes_are_the_decoders(name):
 def test_parameter_shapes_are_transformers(variant, reference):
     model, folder = reference(variant)
     config = DecoderConfig.load(folder)
-    assert {n: tuple(p.shape) for n, p in model.named_parameters()} == config.parameter_shapes()
+    check_shapes(config, Decoder(config))
+    assert sum(p.numel() for p in model.parameters()) == config.num_parameters()
+    with SafetensorsSource(folder) as source:
+        assert {name: source.shape(name) for name in source.names()} == file_shapes(config)
 
 
 def test_preset_names_are_forgiving_about_case_and_unknown_ones_list_all():

@@ -10,7 +10,7 @@ from lightning_llm.errors import ConfigurationError
 from lightning_llm.models.attention import causal_attention
 from lightning_llm.models.config import DecoderConfig
 from lightning_llm.models.decoder import Decoder
-from tests.models.conftest import VARIANTS
+from tests.models.conftest import VARIANTS, WITH_EXPERTS
 
 LENGTHS = (1, 20, 64, 90)  # below, at and beyond max_position_embeddings (64) and every window
 
@@ -38,16 +38,20 @@ def test_logits_equal_transformers(variant, reference):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", ["llama-biases", "mistral-window", "qwen2", "qwen3", "smollm2"])
+@pytest.mark.parametrize("variant", ["llama-biases", "mistral-window", "qwen2", "qwen3", "smollm2", *WITH_EXPERTS])
 def test_gradients_equal_transformers(variant, reference):
     model, folder = reference(variant)
     decoder = Decoder.from_pretrained(folder)
     ids = token_ids(2, 24)
     model(ids).logits.square().mean().backward()
     decoder(ids).square().mean().backward()
-    expected = dict(model.named_parameters())
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for name in [name for name in expected if name.endswith("experts.gate_up_proj")]:  # transformers fuses the two
+        both = expected.pop(name).chunk(2, dim=1)
+        expected |= dict(zip((name.replace("gate_up", "gate"), name.replace("gate_up", "up")), both, strict=True))
+    assert expected.keys() == dict(decoder.named_parameters()).keys()
     for name, parameter in decoder.named_parameters():
-        gradient = expected[name].grad
+        gradient = expected[name]
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
 
 

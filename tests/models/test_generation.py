@@ -15,6 +15,7 @@ PROMPTS = [[5], [7, 7, 7, 1, 2, 3], list(range(50, 90))]
 # One per way in which positions, windows or heads could go wrong from step to step.
 GREEDY = ["llama", "llama-biases", "llama-dynamic", "llama-yarn", "llama-longrope", "llama-llama3", "smollm2"]
 GREEDY += ["mistral-window", "ministral", "qwen2-layer-types", "qwen3", "qwen3-bias-window"]
+GREEDY += ["mixtral-window", "qwen3-moe-some-layers", "olmoe", "dots1-window"]
 CONFIG = DecoderConfig.preset("tiny", vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3)
 
 

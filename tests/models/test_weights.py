@@ -22,11 +22,11 @@ from lightning_llm.models.weights import (
     save_weights,
     torch_dtype,
 )
-from tests.models.conftest import VARIANTS
+from tests.models.conftest import VARIANTS, WITH_EXPERTS
 
 CONFIG = DecoderConfig.preset("tiny", vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
 EXPORTED = ["llama", "llama-biases", "llama-longrope", "llama-llama3", "smollm2", "mistral-window", "ministral"]
-EXPORTED += ["qwen2-window", "qwen3", "qwen3-bias-window"]
+EXPORTED += ["qwen2-window", "qwen3", "qwen3-bias-window", *WITH_EXPERTS]
 
 
 def files(folder: Path) -> list[str]:
