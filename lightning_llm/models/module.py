@@ -26,6 +26,7 @@ from lightning_llm.models.config import DecoderConfig
 from lightning_llm.models.decoder import Decoder
 from lightning_llm.models.expert_weights import PretrainedWeights
 from lightning_llm.models.initialization import RandomInit
+from lightning_llm.models.moe import Router
 from lightning_llm.models.weights import WeightSource, load_weights
 
 IGNORED = -100
@@ -52,6 +53,10 @@ class LLMModule(LightningModule):
         min_learning_rate_ratio: Minimum as a fraction of the peak.
         decay_fraction: Part of the run that "wsd" decays over.
         seed: Of the initial weights; they do not depend on the layout.
+        router_z_loss_coef: Weight of the routers' z-loss, for models with experts; the load-balancing loss's is the
+            model's `router_aux_loss_coef`.
+        router_bias_update_rate: Step of the routers' biases, for models with `use_routing_bias`.
+        force_balanced_routing: Tokens go to experts in turn, for benchmarks.
 
     Raises:
         ConfigurationError: Unknown preset, a folder that holds no model, or a setting out of range.
@@ -70,6 +75,9 @@ class LLMModule(LightningModule):
         min_learning_rate_ratio: float = 0.1,
         decay_fraction: float = 0.2,
         seed: int = 0,
+        router_z_loss_coef: float = 0.0,
+        router_bias_update_rate: float = 1e-3,
+        force_balanced_routing: bool = False,
     ) -> None:
         super().__init__()
         if schedule not in ("cosine", "wsd", "constant"):
@@ -87,6 +95,9 @@ class LLMModule(LightningModule):
         self.min_learning_rate_ratio = min_learning_rate_ratio
         self.decay_fraction = decay_fraction
         self.seed = seed
+        self.router_z_loss_coef = router_z_loss_coef
+        self.router_bias_update_rate = router_bias_update_rate
+        self.force_balanced_routing = force_balanced_routing
         self.model: Decoder | None = None
         self.save_hyperparameters(
             {
@@ -103,7 +114,12 @@ class LLMModule(LightningModule):
 
     def build_model(self) -> Decoder:
         """The decoder with weights yet to come."""
-        return Decoder(self.config)
+        decoder = Decoder(self.config)
+        decoder.router_losses.z_loss_coef = self.router_z_loss_coef
+        for module in decoder.modules():
+            if isinstance(module, Router):
+                module.force_balance = self.force_balanced_routing
+        return decoder
 
     def weight_source(self) -> WeightSource:
         """Where the first weights come from: the folder, or seeded random numbers.
@@ -155,10 +171,14 @@ class LLMModule(LightningModule):
 
     # -- the loss --
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Token ids `[batch, seq]` -> logits `[batch, seq, vocab]`."""
+    def forward(self, input_ids: Tensor, **keywords: Tensor) -> Tensor:
+        """Token ids `[batch, seq]` -> logits `[batch, seq, vocab]`; for the keywords see `Decoder.forward`."""
         assert self.model is not None
-        return self.model(input_ids)
+        return self.model(input_ids, **keywords)
+
+    def model_keywords(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What of a batch the model is called with beside `input_ids`: `positions` and `document_ids`, if it has them."""
+        return {name: batch[name] for name in ("positions", "document_ids") if name in batch}
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross entropy summed over the labels that count, nats. A pipeline calls it once per microbatch."""
@@ -176,10 +196,12 @@ class LLMModule(LightningModule):
 
     def forward_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The batch's loss, nats per token. Under a pipeline the strategy puts its schedule in this method's place."""
-        return self.loss(self(batch["input_ids"]), batch["labels"]) / self.loss_denominator(batch["labels"])
+        logits = self(batch["input_ids"], **self.model_keywords(batch))
+        return self.loss(logits, batch["labels"]) / self.loss_denominator(batch["labels"])
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """One batch's loss, logged as `train_loss`."""
+        self._weigh_router_losses(len(batch["input_ids"]))
         loss = self.forward_loss(batch)
         self.log("train_loss", loss.detach(), prog_bar=True, sync_dist=True)
         return loss
@@ -194,13 +216,51 @@ class LLMModule(LightningModule):
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Logits `[batch, seq, vocab]`."""
-        return self(batch["input_ids"])
+        return self(batch["input_ids"], **self.model_keywords(batch))
 
     def _log_evaluation(self, name: str, batch: Mapping[str, Tensor]) -> None:
         loss = self.forward_loss(batch)
         # Lightning weighs batches by this number when it averages over them.
         tokens = int(self.loss_denominator(batch["labels"]).ceil())
         self.log(name, loss, prog_bar=True, sync_dist=True, on_epoch=True, batch_size=max(1, tokens))
+
+    # -- mixture of experts --
+
+    def _weigh_router_losses(self, sequences: int) -> None:
+        """Has the auxiliary losses of this batch's sequences averaged as the loss is: over the batches of all ranks."""
+        assert self.model is not None
+        strategy, precision = self.trainer.strategy, self.trainer.precision_plugin
+        scaler = getattr(precision, "scaler", None)
+        loss_scale = getattr(precision, "loss_scale", None) or (scaler.get_scale() if scaler is not None else 1.0)
+        ranks_per_sequence = getattr(strategy, "ranks_per_sequence", 1)
+        parts = self.trainer.accumulate_grad_batches
+        self.model.router_losses.scale = loss_scale * ranks_per_sequence / (sequences * parts)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Logs how balanced the experts are, over all ranks, and corrects the biases of routers that have them.
+
+        `router_aux_loss` (1 * top_k when balanced), `router_z_loss`, and `expert_load_max`: tokens of the fullest expert
+        over the average, all of them averaged over the layers.
+        """
+        if self.config.num_moe_layers == 0:
+            return
+        assert self.model is not None
+        routers = [module for module in self.model.modules() if isinstance(module, Router)]
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        for router in routers:
+            if router.statistics is None:
+                continue
+            counts, *losses = (router.data_sum(x.double()) for x in router.statistics)
+            aux_loss, z_loss, sequences = losses
+            sums += torch.stack([aux_loss / sequences, z_loss / sequences, counts.max() / counts.mean(), sums.new_ones(())])
+        for router in routers:
+            if router.e_score_correction_bias is not None:
+                router.update_bias(self.router_bias_update_rate)
+            router.statistics = None
+        # Pipeline stages have layers of their own.
+        *means, layers = self.trainer.strategy.reduce(sums, reduce_op="mean")
+        for name, mean in zip(("router_aux_loss", "router_z_loss", "expert_load_max"), means, strict=True):
+            self.log(name, (mean / layers).float())
 
     # -- optimization --
 

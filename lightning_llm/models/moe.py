@@ -84,6 +84,7 @@ class Router(nn.Module):
             not at all. Reset by `update_bias`, or by setting it to None.
         sequence_sum: Sums a tensor over the ranks that hold parts of the same sequences.
         data_sum: Sums a tensor over all ranks that hold different tokens.
+        local: The weight that this rank computes with, of a weight that may be a DTensor.
     """
 
     e_score_correction_bias: Tensor | None
@@ -100,6 +101,7 @@ class Router(nn.Module):
         self.statistics: RouterStatistics | None = None
         self.sequence_sum: Callable[[Tensor], Tensor] = identity
         self.data_sum: Callable[[Tensor], Tensor] = identity
+        self.local: Callable[[Tensor], Tensor] = local_tensor
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         bias = torch.zeros(config.num_experts, dtype=torch.float32) if config.use_routing_bias else None
         self.register_buffer(ROUTING_BIAS, bias)
@@ -108,7 +110,7 @@ class Router(nn.Module):
         """[batch, seq, hidden] -> where each token goes."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         with _without_autocast(x):
-            logits = F.linear(x.to(dtype), self.weight.to(dtype))
+            logits = F.linear(x.to(dtype), self.local(self.weight).to(dtype))
         scores = logits.softmax(-1) if self.scoring_func == "softmax" else logits.sigmoid()
         experts = self._choose(scores.detach())
         weights = scores.gather(-1, experts)
@@ -230,7 +232,7 @@ class Experts(nn.Module):
             counts: [experts] int64, how many are for each; they sum to n.
         """
         dtype = _autocast_dtype(tokens)
-        gate, up, down = (_local(weight).to(dtype) for weight in (self.gate_proj, self.up_proj, self.down_proj))
+        gate, up, down = (local_tensor(weight).to(dtype) for weight in (self.gate_proj, self.up_proj, self.down_proj))
         tokens = tokens.to(dtype)
         inner = F.silu(grouped_linear(tokens, gate, counts)) * grouped_linear(tokens, up, counts)
         return grouped_linear(inner, down, counts)
@@ -322,7 +324,8 @@ def _grouped_mm_takes(tokens: Tensor, weight: Tensor) -> bool:
     return known and all(size * tokens.element_size() % 16 == 0 for size in weight.shape[1:])
 
 
-def _local(parameter: Tensor) -> Tensor:
+def local_tensor(parameter: Tensor) -> Tensor:
+    """What this rank holds of a DTensor; another tensor as it is."""
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 

@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from lightning_llm.models.moe import Experts, Router
 from lightning_llm.strategies.collectives import all_to_all
-from lightning_llm.strategies.mesh import Meshes
+from lightning_llm.strategies.mesh import Meshes, ParallelDims
 
 
 class _Journey(NamedTuple):
@@ -42,8 +42,8 @@ class ExpertParallel(ParallelStyle):
             module,
             device_mesh,
             self._shard,
-            self._dispatch,  # type: ignore[arg-type]  # the stub leaves out that the hook may return inputs
-            self._combine,
+            self._dispatch,  # type: ignore[arg-type]  # the stub leaves out that hooks may return something
+            self._combine,  # type: ignore[arg-type]
         )
 
     @staticmethod
@@ -93,15 +93,15 @@ def apply_expert_parallel(model: nn.Module, meshes: Meshes, *, sequence_parallel
             module.data_sum = _sum_over([*data, *tensor])
 
 
-def expert_divisor(meshes: Meshes, *, sequence_parallel: bool) -> float:
-    """What the sum of an expert's gradients over all ranks that feed it is divided by, to be the mean over batches.
+def expert_gradient_factor(dims: ParallelDims, *, sequence_parallel: bool) -> float:
+    """What FSDP's mean of an expert's gradients is multiplied by, to be the mean over batches that others' are.
 
-    FSDP would divide by the ranks that shard it, which in the expert view are others than those with batches of their
-    own. Without sequence parallelism every tensor rank sends the same tokens, and so the same gradients.
+    Experts get tokens from every rank of their expert axis, whose gradients their own backward has summed up; FSDP
+    averages over the ranks that shard them. Together that is the sum over data, context and tensor ranks, of which
+    tensor ranks hold parts of one batch. Without sequence parallelism they hold the same tokens instead.
     """
-    dims = meshes.dims
-    repeated = 1 if sequence_parallel else dims.tensor_parallel_size
-    return float(dims.gradient_ranks * repeated)
+    parts = dims.tensor_parallel_size if sequence_parallel else 1
+    return parts / dims.expert_parallel_size
 
 
 def experts_of(model: nn.Module) -> list[Experts]:
@@ -123,7 +123,9 @@ class RouterParallel(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, Router)
         module.local = lambda weight: weight.to_local(grad_placements=[self._gradient])
-        return distribute_module(module, device_mesh)
+        # The weight alone: the bias is added to plain scores.
+        module.weight = nn.Parameter(distribute_tensor(module.weight, device_mesh, [Replicate()]))
+        return module
 
 
 def _sum_over(meshes: list[DeviceMesh]) -> Callable[[Tensor], Tensor]:

@@ -28,6 +28,7 @@ from lightning_llm.errors import ConfigurationError
 from lightning_llm.models.weights import load_weights
 from lightning_llm.strategies.checks import check_plan, mark_as_cut
 from lightning_llm.strategies.context import SEQUENCE_DIM, ContextMethod
+from lightning_llm.strategies.expert import expert_gradient_factor
 from lightning_llm.strategies.layout import Layout, Recompute
 from lightning_llm.strategies.mesh import Size
 from lightning_llm.strategies.optimization import (
@@ -333,6 +334,7 @@ class LLM3DStrategy(ProcessGrid):
             batch["input_ids"],
             batch["labels"],
             lambda output, target: module.loss(output, target) * (factor / denominator),
+            **getattr(module, "model_keywords", lambda _: {})(batch),
         )
         self._scheduled_loss = loss / factor
         return self._scheduled_loss
@@ -363,9 +365,12 @@ class LLM3DStrategy(ProcessGrid):
         align_gradients(self.lightning_module.parameters())
         if self.pipeline is not None and self.plan is not None and self.plan.tied:
             add_tied_gradients(self.pipeline.module, self.plan, self._tied_group)
-        factor = self._tokens.close(self.lightning_module.trainer.accumulate_grad_batches)
-        if factor is not None:
-            scale_gradients(self.lightning_module.parameters(), factor)
+        if self.parts is not None and self.parts.experts:
+            factor = expert_gradient_factor(self.meshes.dims, sequence_parallel=self.layout.sequence_parallel)
+            scale_gradients((p for module in self.parts.experts for p in module.parameters()), factor)
+        weight = self._tokens.close(self.lightning_module.trainer.accumulate_grad_batches)
+        if weight is not None:
+            scale_gradients(self.lightning_module.parameters(), weight)
 
     def gradient_norm(self) -> Tensor:
         """Euclidean norm of all gradients over every axis, equal on all ranks; as they were before any clipping."""

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
 
+from lightning_llm.models.moe import Experts
 from lightning_llm.strategies.compile import apply_compile
 from lightning_llm.strategies.context import ContextParallel
-from lightning_llm.strategies.expert import apply_expert_parallel, expert_divisor, experts_of
+from lightning_llm.strategies.expert import apply_expert_parallel, experts_of
 from lightning_llm.strategies.layout import Layout
 from lightning_llm.strategies.mesh import Meshes
 from lightning_llm.strategies.pipeline import keep_stage
@@ -36,11 +37,13 @@ class Parts:
         stages: Pipeline stages by number, in the order of the model; without a pipeline the model is stage 0.
         roots: FSDP root modules.
         context: The context axis, if there is one.
+        experts: Stacked experts that are sharded over a mesh of their own.
     """
 
     stages: dict[int, nn.Module]
     roots: list[FSDPModule] = field(default_factory=list)
     context: ContextParallel | None = None
+    experts: list[Experts] = field(default_factory=list)
 
 
 def parallelize(
@@ -94,8 +97,8 @@ def parallelize(
     if layout.compile:
         apply_compile(units)
     if experts and meshes.expert is not None:
-        divisor = expert_divisor(meshes, sequence_parallel=layout.sequence_parallel)
-        apply_expert_sharding(experts, meshes.expert_sharding, sharding, divisor)
+        apply_expert_sharding(experts, meshes.expert_sharding, sharding)
+        parts.experts = experts
         sharded = True  # a pipeline holds gradients back until its last microbatch only where a stage is sharded
     if sharded:
         for stage in parts.stages.values():

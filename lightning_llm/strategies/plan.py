@@ -17,7 +17,9 @@ from lightning_llm.errors import ConfigurationError
 from lightning_llm.models.decoder import Decoder
 from lightning_llm.strategies.mesh import ParallelDims, divisors
 
-TensorStyle = Literal["embedding", "norm", "head_norm", "gather", "column", "row", "vocabulary"]
+TensorStyle = Literal[
+    "embedding", "norm", "head_norm", "projection_norm", "gather", "column", "row", "router", "vocabulary"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +28,9 @@ class ParallelPlan:
 
     Attributes:
         tensor_parallel: Module pattern -> tensor-parallel style (see `tensor.py`): `embedding`, `norm`, `head_norm`
-            (a norm over each head), `gather` (a block that needs the whole sequence), `column`, `row`, `vocabulary`
-            (the output layer; its logits stay split over the vocabulary).
+            (a norm over each head), `projection_norm` (over all heads), `gather` (a block that needs the whole
+            sequence), `column`, `row`, `router` (of a mixture of experts), `vocabulary` (the output layer; its logits
+            stay split over the vocabulary). Experts need no style: tensor ranks share them as data ranks do.
         tensor_divides: Label -> number that the tensor-parallel size must divide, checked before anything starts.
         pipeline_first: Modules that only the first stage has.
         pipeline_units: Name of the `nn.ModuleDict` of blocks that stages share out; its keys stay what they are, so
@@ -131,28 +134,41 @@ def _(model: Decoder) -> ParallelPlan:
         f"{layer}.self_attn.q_proj": "column",
         f"{layer}.self_attn.k_proj": "column",
         f"{layer}.self_attn.v_proj": "column",
-        f"{layer}.self_attn.q_norm": "head_norm",
-        f"{layer}.self_attn.k_norm": "head_norm",
+        f"{layer}.self_attn.q_norm": "projection_norm" if config.qk_norm_whole else "head_norm",
+        f"{layer}.self_attn.k_norm": "projection_norm" if config.qk_norm_whole else "head_norm",
         f"{layer}.self_attn.o_proj": "row",
         f"{layer}.post_attention_layernorm": "norm",
-        f"{layer}.mlp": "gather",
-        f"{layer}.mlp.gate_proj": "column",
-        f"{layer}.mlp.up_proj": "column",
-        f"{layer}.mlp.down_proj": "row",
         "model.norm": "norm",
         "lm_head": "vocabulary",
     }
+    divided = {
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "vocab_size": config.vocab_size,
+    }
+    for index in range(config.num_hidden_layers):
+        mlp = f"model.layers.{index}.mlp"
+        if config.layer_is_moe(index):
+            styles[f"{mlp}.gate"] = "router"
+            if config.n_shared_experts:
+                styles |= _mlp_styles(f"{mlp}.shared_experts")
+                divided["n_shared_experts * moe_intermediate_size"] = (
+                    config.n_shared_experts * config.moe_intermediate_size
+                )
+        else:
+            styles |= _mlp_styles(mlp)
+            divided["intermediate_size"] = config.intermediate_size
     return ParallelPlan(
         tensor_parallel=styles,
-        tensor_divides={
-            "num_attention_heads": config.num_attention_heads,
-            "num_key_value_heads": config.num_key_value_heads,
-            "intermediate_size": config.intermediate_size,
-            "vocab_size": config.vocab_size,
-        },
+        tensor_divides=divided,
         pipeline_first=("model.embed_tokens",),
         pipeline_units="model.layers",
         pipeline_last=("model.norm", "lm_head"),
         tied=(("model.embed_tokens.weight", "lm_head.weight"),) if config.tie_word_embeddings else (),
         attention_heads=(config.num_attention_heads, config.num_key_value_heads),
+        num_experts=config.num_experts or 0,
     )
+
+
+def _mlp_styles(name: str) -> dict[str, TensorStyle]:
+    return {name: "gather", f"{name}.gate_proj": "column", f"{name}.up_proj": "column", f"{name}.down_proj": "row"}

@@ -93,6 +93,11 @@ class ProcessGrid(ParallelStrategy):
         return self._meshes
 
     @property
+    def ranks_per_sequence(self) -> int:
+        """Among how many ranks the tokens of a sequence are split, as far as losses are averaged over them."""
+        return self.meshes.dims.context_parallel_size
+
+    @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Data coordinates for samplers: ranks that share a sample's work get the same `rank`."""
         dims = self.meshes.dims

@@ -55,14 +55,13 @@ def apply_sharding(model: nn.Module, units: Iterable[nn.Module], sharding: Shard
     sharding.apply(model)
 
 
-def apply_expert_sharding(experts: Iterable[nn.Module], mesh: DeviceMesh, sharding: Sharding, divisor: float) -> None:
+def apply_expert_sharding(experts: Iterable[nn.Module], mesh: DeviceMesh, sharding: Sharding) -> None:
     """Shards stacked experts over a mesh of their own, before the blocks that they are in.
 
     Args:
         experts: Modules with parameters `[experts, ...]`.
         mesh: `(efsdp)` or `(dp_replicate, efsdp)`, of the expert view.
         sharding: As for the rest of the model, its mesh apart.
-        divisor: The summed gradients are divided by it (see `expert.expert_divisor`).
     """
     shards = mesh["efsdp"].size()
 
@@ -72,10 +71,6 @@ def apply_expert_sharding(experts: Iterable[nn.Module], mesh: DeviceMesh, shardi
 
     for module in experts:
         sharding.apply(module, mesh=mesh, shard_placement_fn=placement)
-        assert isinstance(module, FSDPModule)
-        module.set_gradient_divide_factor(divisor)
-        # Gloo has no scaled sum: sum, then divide. With one shard FSDP divides by itself, and would do so twice.
-        module.set_force_sum_reduction_for_comms(shards > 1)
 
 
 def set_accumulation(roots: Iterable[FSDPModule], zero_stage: ZeroStage, *, last: bool) -> None:

@@ -24,10 +24,12 @@ from torch.distributed.tensor.parallel import (
 )
 
 from lightning_llm.errors import ConfigurationError
+from lightning_llm.strategies.expert import RouterParallel, experts_of
 from lightning_llm.strategies.plan import ParallelPlan, TensorStyle
 
 SEQUENCE_DIM = 1  # of [batch, seq, hidden]
 HEADS_DIM = 2  # of [batch, seq, heads, head_dim]
+FEATURES_DIM = -1
 
 
 class ReplicatedModule(ParallelStyle):
@@ -51,6 +53,24 @@ class ReplicatedModule(ParallelStyle):
         return tuple(DTensor.from_local(x, mesh, (Replicate(),), run_check=False) for x in inputs)
 
 
+class ProjectionNorm(ReplicatedModule):
+    """A norm over all features of a column-parallel projection: they are put together for it, and split again."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return distribute_module(
+            module,
+            device_mesh,
+            None,
+            self._prepare_inputs,  # type: ignore[arg-type]  # as above
+            lambda _, output, mesh: output.redistribute(placements=(Shard(FEATURES_DIM),)).to_local(),
+        )
+
+    @staticmethod
+    def _prepare_inputs(_: nn.Module, inputs: tuple[torch.Tensor, ...], mesh: DeviceMesh) -> tuple[DTensor, ...]:
+        split = (DTensor.from_local(x, mesh, (Shard(FEATURES_DIM),), run_check=False) for x in inputs)
+        return tuple(x.redistribute(placements=(Replicate(),)) for x in split)
+
+
 def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, plan: ParallelPlan, *, sequence_parallel: bool) -> None:
     """Replaces the parameters of `model` by DTensors sharded over `mesh` and hooks the collectives in, as `plan` says.
 
@@ -72,7 +92,12 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, plan: ParallelPlan
     for owner, copy in plan.tied:
         retie(model, owner, copy)
     if sequence_parallel:
-        plain = [n for n, p in model.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
+        experts = {id(p) for module in experts_of(model) for p in module.parameters()}
+        plain = [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and not isinstance(parameter, DTensor) and id(parameter) not in experts
+        ]
         if plain:
             raise ConfigurationError(
                 f"The plan of {type(model).__name__} gives no tensor-parallel style to {len(plain)} parameters, for "
@@ -115,6 +140,8 @@ def _styles(sequence_parallel: bool) -> dict[TensorStyle, ParallelStyle]:
         if sequence_parallel
         else ReplicatedModule(),
         "head_norm": SequenceParallel(sequence_dim=HEADS_DIM, use_local_output=True),
+        "projection_norm": ProjectionNorm(),
+        "router": RouterParallel(sequence_parallel),
         # The block's projections share one DTensor input: their gradients are summed before the one reduce-scatter.
         "gather": PrepareModuleInput(input_layouts=(between,), desired_input_layouts=(Replicate(),)),
         "column": ColwiseParallel(),

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from lightning_llm import LLM3DStrategy, LLMModule, TokenDataModule
 from lightning_llm.data.tokenize import tokenize
 from lightning_llm.strategies.mesh import ParallelDims
-from lightning_llm.strategies.optimization import PARAMETER_DTYPES
+from lightning_llm.strategies.precision import PARAMETER_DTYPES
 from tests.distributed import run_distributed
 from tests.strategies.training import (
     BATCH_SIZE,
