@@ -146,6 +146,7 @@ class Router(nn.Module):
         z = routing.logits.logsumexp(-1).square().sum(1) / tokens
         return aux, z, routing.counts.sum(-1) / self.top_k / tokens
 
+    @torch.compiler.disable  # what a backward does beside gradients must not be traced away
     def with_losses(self, output: Tensor, routing: Routing) -> Tensor:
         """The output of the block, unchanged; its backward adds the gradient of this layer's losses and counts."""
         if not torch.is_grad_enabled():
@@ -308,7 +309,7 @@ def grouped_linear(tokens: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         ends = counts.cumsum(0, dtype=torch.int32)
         out = F.grouped_mm(tokens.contiguous(), weight.contiguous().transpose(-2, -1), offs=ends)
         if out.requires_grad:
-            out.register_hook(torch.Tensor.contiguous)  # its backward refuses expanded gradients (torch 2.13)
+            out.register_hook(_dense)
         return out
     if tokens.is_meta:  # there are no counts to split by, and only the shape matters
         return F.linear(tokens, weight[0])
@@ -322,6 +323,12 @@ def _grouped_mm_takes(tokens: Tensor, weight: Tensor) -> bool:
     types = (torch.bfloat16,) if compiled else (torch.float32, torch.bfloat16, torch.float16)
     known = tokens.device.type in ("cpu", "cuda") and tokens.dtype in types
     return known and all(size * tokens.element_size() % 16 == 0 for size in weight.shape[1:])
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    # The backward of grouped_mm refuses expanded gradients (torch 2.13), even empty ones, which count as contiguous.
+    dense = gradient.stride() == (gradient.shape[1], 1)
+    return gradient if dense else gradient.clone(memory_format=torch.contiguous_format)
 
 
 def local_tensor(parameter: Tensor) -> Tensor:

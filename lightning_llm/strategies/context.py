@@ -160,6 +160,7 @@ def allgather_attention(
                 documents[:, :end] if documents is not None else None,
                 sliding_window,
             )
+            mask = mask if documents is None else mask.unsqueeze(1)  # the same for all heads
         keys, values = k[:, :, :end], v[:, :, :end]
         parts.append(
             F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped)

@@ -19,10 +19,23 @@ CONFIGS = {
     "tied": CONFIG.replace(tie_word_embeddings=True),
     "qwen3": CONFIG.replace(qk_norm=True, model_type="qwen3"),
 }
+EXPERTS = {
+    "mixtral": CONFIG.replace(num_experts=4, num_experts_per_tok=2, model_type="mixtral"),
+    "dots1": CONFIG.replace(
+        num_experts=4,
+        num_experts_per_tok=2,
+        qk_norm=True,
+        scoring_func="sigmoid",
+        use_routing_bias=True,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        model_type="dots1",
+    ),
+}
 
 
 def train_and_save(world_size: int, sizes: dict[str, Any], corpus: Path, path: Path, name: str) -> float:
-    return run(world_size, sizes, corpus, config=CONFIGS[name], steps=4, save_at={4: path})["val_loss"]
+    return run(world_size, sizes, corpus, config={**CONFIGS, **EXPERTS}[name], steps=4, save_at={4: path})["val_loss"]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -49,6 +62,19 @@ def test_transformers_loads_the_export(tmp_path: Path, corpus: Path, name: str) 
     eos = ours.config.eos_token_id
     assert isinstance(eos, int) and tokenizer.eos_token_id == eos
     assert list(generate(ours, prompt, max_tokens=24, eos_token_ids=(eos,))) == expected
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_are_exported_one_by_one(tmp_path: Path, corpus: Path, name: str) -> None:
+    run_distributed(train_and_save, 2, 2, {}, corpus, tmp_path / "checkpoint", name)
+    folder = export(tmp_path / "checkpoint", tmp_path / "model")
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(Decoder.from_pretrained(folder)(ids), theirs(ids).logits, atol=1e-5, rtol=0)
 
 
 def test_export_in_another_type(tmp_path: Path, corpus: Path) -> None:

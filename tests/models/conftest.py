@@ -104,7 +104,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mixtral": ("Mixtral", {**EXPERTS, "num_local_experts": 6}),
-    "mixtral-window": ("Mixtral", {"sliding_window": 7, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
+    "mixtral-window": (
+        "Mixtral",
+        {"sliding_window": 7, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    ),
     "qwen3-moe": ("Qwen3Moe", {**EXPERTS, "num_experts": 6, "moe_intermediate_size": 40, "head_dim": 24}),
     "qwen3-moe-some-layers": (
         "Qwen3Moe",
@@ -127,7 +130,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dots1": ("Dots1", {**EXPERTS, **DOTS1, "sliding_window": None}),
     "dots1-window": (
         "Dots1",
-        {**EXPERTS, **DOTS1, "norm_topk_prob": True, "n_shared_experts": 2, "sliding_window": 6, "max_window_layers": 1},
+        {
+            **EXPERTS,
+            **DOTS1,
+            "norm_topk_prob": True,
+            "n_shared_experts": 2,
+            "sliding_window": 6,
+            "max_window_layers": 1,
+        },
     ),
 }
 WITH_EXPERTS = [name for name, (family, _) in VARIANTS.items() if family in ("Mixtral", "Qwen3Moe", "Olmoe", "Dots1")]

@@ -22,6 +22,9 @@ SMALL = {
     "num_key_value_heads": 2,
 }
 
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+LIKE_DEEPSEEK = {"scoring_func": "sigmoid", "use_routing_bias": True, "n_shared_experts": 1, "first_k_dense_replace": 1}
+
 # Parameter counts as the models' own pages state them.
 PUBLISHED = {
     "smollm2-135m": 134_515_008,
@@ -113,6 +116,13 @@ def test_derived_fields():
         ({"sliding_window": 8, "layer_types": ("full_attention",) * 2 + ("sliding_attention",)}, "ministral"),
         ({"attention_bias": True}, "qwen2"),
         ({"qk_norm": True}, "qwen3"),
+        ({**EXPERTS}, "mixtral"),
+        ({**EXPERTS, "sliding_window": 8}, "mixtral"),
+        ({**EXPERTS, "qk_norm": True}, "qwen3_moe"),
+        ({**EXPERTS, "qk_norm": True, "moe_intermediate_size": 16, "mlp_only_layers": [1]}, "qwen3_moe"),
+        ({**EXPERTS, "qk_norm": True, "qk_norm_whole": True, "norm_topk_prob": False}, "olmoe"),
+        ({**EXPERTS, "qk_norm": True, **LIKE_DEEPSEEK}, "dots1"),
+        ({"num_experts": 0}, "llama"),
     ],
 )
 def test_the_fitting_family_is_chosen(changes, family):
@@ -139,6 +149,25 @@ def test_the_fitting_family_is_chosen(changes, family):
         ({"model_type": "qwen3"}, "'qwen3' cannot express.*qk_norm is False"),
         ({"model_type": "qwen2"}, "'qwen2' cannot express.*attention_bias=True"),
         ({"model_type": "mistral", "mlp_bias": True}, "mlp_bias"),
+        ({"num_experts_per_tok": 2}, "num_experts_per_tok is 2, but num_experts is not set"),
+        ({"n_shared_experts": 1}, "n_shared_experts is 1, but num_experts is not set"),
+        ({"num_experts": 4}, "num_experts_per_tok must be an integer of at least 1, not None"),
+        ({**EXPERTS, "num_experts": -1}, "num_experts must be an integer of at least 1, not -1"),
+        ({**EXPERTS, "num_experts_per_tok": 5}, "num_experts_per_tok 5 > num_experts 4"),
+        ({**EXPERTS, "moe_intermediate_size": 0}, "moe_intermediate_size must be"),
+        ({**EXPERTS, "scoring_func": "tanh"}, "scoring_func 'tanh' is not known: use softmax or sigmoid"),
+        ({**EXPERTS, "mlp_only_layers": [3]}, "mlp_only_layers names layer 3, but the last of 3 layers is 2"),
+        ({**EXPERTS, "decoder_sparse_step": 4}, "none of the 3 layers has experts: decoder_sparse_step 4"),
+        ({**EXPERTS, "first_k_dense_replace": 3}, "none of the 3 layers has experts"),
+        ({**EXPERTS, "router_aux_loss_coef": -1}, "router_aux_loss_coef must be a number of at least 0"),
+        ({**EXPERTS, "routed_scaling_factor": 0}, "routed_scaling_factor must be a positive number"),
+        ({"qk_norm_whole": True}, "qk_norm_whole is True, but qk_norm is not"),
+        ({**EXPERTS, "model_type": "llama"}, "'llama' cannot express.*num_experts is 4"),
+        ({"model_type": "mixtral"}, "'mixtral' cannot express.*num_experts is None"),
+        ({**EXPERTS, "model_type": "mixtral", "norm_topk_prob": False}, "norm_topk_prob is False, not True"),
+        ({**EXPERTS, "model_type": "mixtral", "moe_intermediate_size": 16}, "moe_intermediate_size is 16, not 64"),
+        ({**EXPERTS, **LIKE_DEEPSEEK}, "No Hugging Face architecture .*dots1: qk_norm is False"),
+        ({**EXPERTS, "qk_norm": True, **LIKE_DEEPSEEK, "n_shared_experts": 0}, "dots1: n_shared_experts is 0"),
         ({"qk_norm": True, "mlp_bias": True}, "No Hugging Face architecture has this combination"),
         ({"rope_scaling": {"rope_type": "magic"}}, "rope_type 'magic' is not supported.*llama3"),
         ({"rope_scaling": {"factor": 2.0}}, "no rope_type"),
@@ -242,6 +271,10 @@ def test_mistral_with_layer_types_is_a_ministral():
         ({"hidden_size": None, "vocab_size": None}, "vocab_size, hidden_size missing"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differ per layer type"),
+        ({"model_type": "olmoe", "clip_qkv": 8.0}, "clip_qkv 8.0 is not supported"),
+        ({"model_type": "dots1", "n_routed_experts": 8, "n_group": 2}, "n_group 2 is not supported"),
+        ({"model_type": "dots1", "n_routed_experts": 8, "topk_group": 4}, "topk_group 4 is not supported"),
+        ({"model_type": "dots1"}, "n_routed_experts missing"),
     ],
 )
 def test_unsupported_config_json_is_refused(changes, message):
@@ -271,3 +304,48 @@ def test_flops_per_token():
     # Llama 3 405B at 8192: 6N plus attention is within a tenth of 6N.
     big = DecoderConfig.preset("llama3-405b")
     assert 1.0 < big.flops_per_token(8192) / (6 * big.num_parameters()) < 1.1
+
+
+def test_which_layers_have_experts():
+    values = {**SMALL, **EXPERTS, "num_hidden_layers": 6, "qk_norm": True}
+
+    def layers(**changes: object) -> list[int]:
+        config = DecoderConfig(**{**values, **changes})
+        assert config.num_moe_layers == sum(config.layer_is_moe(i) for i in range(6))
+        return [i for i in range(6) if config.layer_is_moe(i)]
+
+    assert layers() == [0, 1, 2, 3, 4, 5]
+    assert layers(decoder_sparse_step=2) == [1, 3, 5]
+    assert layers(decoder_sparse_step=2, mlp_only_layers=[3, 4]) == [1, 5]
+    assert layers(**{**LIKE_DEEPSEEK, "first_k_dense_replace": 4}) == [4, 5]
+    dense = DecoderConfig(**SMALL)
+    assert dense.num_moe_layers == 0 and not dense.layer_is_moe(0)
+
+
+# Active parameters as the models' own pages state them, in billions.
+ACTIVE = {"mixtral-8x7b": 12.9, "mixtral-8x22b": 39, "qwen3-30b-a3b": 3.3, "qwen3-235b-a22b": 22, "olmoe-1b-7b": 1.3}
+
+
+@pytest.mark.parametrize(("name", "billions"), ACTIVE.items())
+def test_presets_have_the_published_number_of_active_parameters(name, billions):
+    assert DecoderConfig.preset(name).num_active_parameters() / 1e9 == pytest.approx(billions, rel=0.02)
+
+
+def test_active_parameters_and_flops_count_the_experts_of_a_token():
+    sparse = DecoderConfig(**SMALL, **EXPERTS, **LIKE_DEEPSEEK, qk_norm=True, moe_intermediate_size=16)
+    # The dense model that does the same work: in layers 1 and 2, two experts, a shared one and the router.
+    per_expert = 3 * 48 * 16
+    dense = DecoderConfig(**SMALL, qk_norm=True)
+    work = dense.num_parameters() + 2 * (3 * per_expert + 4 * 48 - 3 * 48 * 64)
+    assert sparse.num_active_parameters() == work
+    assert sparse.num_parameters() == work + 2 * 2 * per_expert
+    assert dense.num_active_parameters() == dense.num_parameters()
+    assert sparse.flops_per_token(32) - dense.flops_per_token(32) == 6 * (work - dense.num_parameters())
+
+
+def test_mixtral_config_json_with_little_in_it():
+    values = {name: SIZES[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+    config = DecoderConfig.from_dict({**values, "num_attention_heads": 8, "model_type": "mixtral"})
+    assert (config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size) == (8, 2, 112)
+    assert (config.num_key_value_heads, config.rope_theta, config.sliding_window) == (8, 1e6, None)
+    assert config.norm_topk_prob

@@ -12,6 +12,7 @@ from lightning_llm.models.config import DecoderConfig
 from lightning_llm.models.decoder import Decoder
 from tests.models.conftest import VARIANTS, WITH_EXPERTS
 
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 LENGTHS = (1, 20, 64, 90)  # below, at and beyond max_position_embeddings (64) and every window
 
 
@@ -136,6 +137,33 @@ def test_positions_tensor_and_offset_agree():
     torch.testing.assert_close(decoder(ids, positions=5), decoder(ids), rtol=1e-9, atol=1e-9)
     # ... and reversed positions do change them.
     assert not torch.allclose(decoder(ids, positions=torch.arange(11, -1, -1)), decoder(ids))
+
+
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 5}, EXPERTS], ids=["full", "window", "experts"])
+def test_packed_documents_are_as_if_alone(changes):
+    decoder = Decoder(small(**changes, model_type=None)).double()
+    ids = token_ids(2, 20)
+    documents = torch.tensor([[4] * 8 + [9] * 12, [1] * 3 + [0] * 17])
+    packed = decoder(ids, document_ids=documents)
+    for row, cut in ((0, 8), (1, 3)):
+        for part in (slice(0, cut), slice(cut, 20)):
+            alone = decoder(ids[row : row + 1, part])
+            torch.testing.assert_close(packed[row : row + 1, part], alone, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(packed, decoder(ids))
+    assert torch.equal(decoder(ids, document_ids=torch.zeros_like(ids)).argmax(-1), decoder(ids).argmax(-1))
+
+
+def test_document_ids_reach_the_attention_only_where_given():
+    keywords = []
+
+    def recording(q, k, v, **options):
+        keywords.append(options.keys() - {"layer", "scale", "sliding_window"})
+        return causal_attention(q, k, v, **options)
+
+    decoder = Decoder(small(num_hidden_layers=1))
+    decoder(token_ids(1, 4), attention=recording)
+    decoder(token_ids(1, 4), attention=recording, document_ids=torch.zeros(1, 4, dtype=torch.long))
+    assert keywords == [set(), {"document_ids"}]
 
 
 def test_attention_gets_the_layer_its_window_and_grouped_heads():

@@ -43,6 +43,7 @@ def test_the_shares_are_the_sequence_and_cost_the_same(size: int, chunk: int) ->
 def whole_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, documents: Tensor | None) -> Tensor:
     positions = torch.arange(q.shape[2])
     mask = visible(positions, positions, documents, documents, window)
+    mask = mask if documents is None else mask.unsqueeze(1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3, enable_gqa=True)
 
 
@@ -55,10 +56,10 @@ def attend_both_ways(
     seq_len = 24
     shapes = {"q": heads, "k": kv_heads, "v": kv_heads}
     whole = {
-        name: torch.randn(2, count, seq_len, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+        name: torch.randn(3, count, seq_len, 4, generator=generator, dtype=torch.float64, requires_grad=True)
         for name, count in shapes.items()
     }
-    documents = torch.randint(0, 2, (2, seq_len), generator=generator).cumsum(1) if with_documents else None
+    documents = torch.randint(0, 2, (3, seq_len), generator=generator).cumsum(1) if with_documents else None
     expected = whole_attention(**whole, window=window, documents=documents)
     weights = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
     (expected * weights).sum().backward()

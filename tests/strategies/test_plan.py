@@ -135,7 +135,7 @@ def test_a_plan_is_an_attribute_or_a_method_or_none() -> None:
         pytest.param(
             Small(),
             {"tensor_parallel_size": 2},
-            r"tensor\(2\): tensor and pipeline parallelism need a plan, and Small has none\. .*`parallel_plan\(\)`",
+            r"tensor\(2\): only data parallelism needs no plan, and Small has none\. .*`parallel_plan\(\)`",
             id="no plan",
         ),
     ],
