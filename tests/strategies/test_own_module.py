@@ -114,7 +114,7 @@ def test_a_module_without_a_plan_trains_data_parallel(tied: bool) -> None:
 
 @pytest.mark.parametrize("sizes", [TP2, PP2], ids=["tp2", "pp2"])
 def test_a_module_without_a_plan_is_told_what_more_needs(sizes: dict[str, Any]) -> None:
-    message = r"= ?2|\(2\).* need a plan, and Plain has none\. Give it a method `parallel_plan\(\)`"
+    message = r"= ?2|\(2\).* needs no plan, and Plain has none\. Give it a method `parallel_plan\(\)`"
     with pytest.raises(AssertionError, match=message):
         run_distributed(train_plain, 2, 2, sizes, False)
 
