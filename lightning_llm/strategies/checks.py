@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.strategies.mesh import ParallelDims, Size, check_size, recommended_sizes
-from lightning_llm.strategies.pipeline import choose_microbatches
 from lightning_llm.strategies.plan import ParallelPlan, plan_of
+from lightning_llm.strategies.schedules import schedule_kind
 
 _CUT = "_lightning_llm_is_cut"
 
@@ -106,7 +106,14 @@ def check_plan(model: nn.Module, dims: ParallelDims) -> ParallelPlan | None:
 
 
 def check_data(
-    datamodule: Any, dims: ParallelDims, *, accumulate: int, microbatches: int | str, sequence_parallel: bool
+    datamodule: Any,
+    dims: ParallelDims,
+    *,
+    accumulate: int,
+    microbatches: int | str,
+    sequence_parallel: bool,
+    schedule: str = "1F1B",
+    stages_per_rank: int | Literal["auto"] = "auto",
 ) -> None:
     """Whether a data module's batches divide over the data ranks, the microbatches and the tensor ranks.
 
@@ -118,7 +125,9 @@ def check_data(
     batch_size, seq_len = (getattr(datamodule, name, None) for name in ("batch_size", "seq_len"))
     if batch_size is not None and dims.pipeline_parallel_size > 1:
         local = batch_size // (dims.data_parallel_size * accumulate)
-        choose_microbatches(microbatches, local, dims.pipeline_parallel_size)
+        kind = schedule_kind(schedule)
+        stages = kind.resolve_stages_per_rank(stages_per_rank)
+        kind.choose_microbatches(microbatches, local, dims.pipeline_parallel_size, stages)
     if seq_len is not None and sequence_parallel:
         check_sequence(seq_len, dims)
 

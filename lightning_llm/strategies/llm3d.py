@@ -33,17 +33,14 @@ from lightning_llm.strategies.optimization import (
     align_gradients,
     gradient_norm,
 )
-from lightning_llm.strategies.pipeline import (
-    AliasedSource,
-    Pipeline,
-    add_tied_gradients,
-    ends_group,
-    keep_stage,
-)
+from lightning_llm.strategies.pipeline import Pipeline
 from lightning_llm.strategies.plan import ParallelPlan
 from lightning_llm.strategies.processes import ProcessGrid
+from lightning_llm.strategies.schedules import schedule_kind
 from lightning_llm.strategies.sharding import apply_sharding, local_shard, shard_without_plan
+from lightning_llm.strategies.stages import keep_stages, split_units
 from lightning_llm.strategies.tensor import apply_tensor_parallel, logits_context, retie, to_plain
+from lightning_llm.strategies.tied import AliasedSource, add_tied_gradients, ends_group
 
 
 class LLM3DStrategy(ProcessGrid):
@@ -150,11 +147,13 @@ class LLM3DStrategy(ProcessGrid):
         built = not any(parameter.is_meta for parameter in target.parameters())
         if built:
             self._copy_from_rank_zero(target)
+        parts: list[nn.Module] = [target]  # what runs by itself: the whole model, or each of this rank's stages
         if plan is not None:
             if dims.pipeline_parallel_size > 1:
-                self._split(module, target, plan)
+                parts = self._split(module, target, plan)
             if dims.tensor_parallel_size > 1:
-                apply_tensor_parallel(target, meshes.tensor, plan, sequence_parallel=self.sequence_parallel)
+                for part in parts:
+                    apply_tensor_parallel(part, meshes.tensor, plan, sequence_parallel=self.sequence_parallel)
         if dims.world_size > 1:
             mark_as_cut(target)
         if dims.data_parallel_size > 1:
@@ -162,13 +161,14 @@ class LLM3DStrategy(ProcessGrid):
             if plan is None:
                 shard_without_plan(target, meshes.sharding, reshard_after_forward=reshard)
             else:
-                apply_sharding(target, plan.units(target), meshes.sharding, reshard_after_forward=reshard)
+                for part in parts:
+                    apply_sharding(part, plan.units(part), meshes.sharding, reshard_after_forward=reshard)
         if built:
             target.to(self.root_device)
         else:
             self._materialize(module, target)
 
-    def _split(self, module: pl.LightningModule, model: nn.Module, plan: ParallelPlan) -> None:
+    def _split(self, module: pl.LightningModule, model: nn.Module, plan: ParallelPlan) -> list[nn.Module]:
         if not module.automatic_optimization:
             raise ConfigurationError(
                 f"{type(module).__name__} sets automatic_optimization=False. A pipeline runs the backward within its "
@@ -179,13 +179,23 @@ class LLM3DStrategy(ProcessGrid):
                 raise ConfigurationError(
                     f"A pipeline needs {type(module).__name__}.{name}(); see lightning_llm.LLMModule for what it does."
                 )
-        keep_stage(model, plan, self.meshes.stage, self.meshes.dims.pipeline_parallel_size)
-        self.pipeline = Pipeline(model, self.meshes.pipeline, self.root_device, self.microbatches)
+        ranks, kind = self.meshes.dims.pipeline_parallel_size, schedule_kind("1F1B")
+        stages_per_rank = kind.resolve_stages_per_rank("auto")
+        stages = keep_stages(
+            model,
+            plan,
+            kind.stage_ids(self.meshes.stage, ranks, stages_per_rank),
+            split_units(plan, model, ranks * stages_per_rank),
+        )
+        self.pipeline = Pipeline(
+            stages, self.meshes.pipeline, self.root_device, schedule=kind.name, microbatches=self.microbatches
+        )
         if plan.tied:
-            self._tied_group = ends_group(self.meshes.dense, self.timeout)
+            self._tied_group = ends_group(self.meshes.dense, kind, self.timeout)
         # The module's own training_step still runs on every rank and logs as always; what it calls is now the schedule.
         module.forward_loss = self._pipelined_loss  # type: ignore[assignment]
         module.forward = self.pipeline.forward  # type: ignore[method-assign]
+        return list(stages.values())
 
     def _materialize(self, module: pl.LightningModule, model: nn.Module) -> None:
         weight_source = getattr(module, "weight_source", None)
@@ -197,8 +207,9 @@ class LLM3DStrategy(ProcessGrid):
         model.to_empty(device=self.root_device)
         source = weight_source()
         if self.plan is not None:
-            for owner, copy in self.plan.tied:
-                retie(model, owner, copy)
+            if self.pipeline is None:  # whose first and last stage have a copy each, wherever they are
+                for owner, copy in self.plan.tied:
+                    retie(model, owner, copy)
             source = AliasedSource(source, self.plan)
         load_weights(model, source, local=local_shard)
 
@@ -293,7 +304,8 @@ class LLM3DStrategy(ProcessGrid):
         self._gradient_norm = None
         align_gradients(self.lightning_module.parameters())
         if self.pipeline is not None and self.plan is not None and self.plan.tied:
-            add_tied_gradients(self.pipeline.module, self.plan, self._tied_group)
+            model: Any = self.lightning_module.model
+            add_tied_gradients(model, self.plan, self._tied_group)
 
     def gradient_norm(self) -> Tensor:
         """Euclidean norm of all gradients over every axis, equal on all ranks; as they were before any clipping."""
@@ -306,8 +318,8 @@ class LLM3DStrategy(ProcessGrid):
         """This rank's parameters without the last stage's copies of tensors that the first stage owns."""
         assert self.lightning_module is not None
         copies: set[int] = set()
-        if self.plan is not None and self.pipeline is not None and not self.pipeline.is_first:
-            named = dict(self.pipeline.module.named_parameters())
+        if self.plan is not None and self.pipeline is not None:
+            named = dict(self.lightning_module.model.named_parameters())  # type: ignore[union-attr, operator]
             copies = {id(named[copy]) for _, copy in self.plan.tied if copy in named}
         return [parameter for parameter in self.lightning_module.parameters() if id(parameter) not in copies]
 
