@@ -8,7 +8,7 @@ them is whatever a block returns, a tensor or a tuple of tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map
 
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.models.module import IGNORED
@@ -84,6 +85,9 @@ class Pipeline:
                 f"{self.kind.name} has the stages {expected} on pipeline rank {mesh.get_local_rank()} of "
                 f"{self.num_ranks}, not {tuple(self.stages)}."
             )
+        if self.kind.splits_backward:
+            for module in self.stages.values():
+                module.register_forward_hook(lambda _module, _inputs, output: tree_map(_unviewed, output))
         self._count: int | None = None
         self._schedules: _Recent[Any] = _Recent(MAX_SCHEDULES)
         self._layouts: _Recent[dict[int, list[Layout]]] = _Recent(MAX_LAYOUTS)
@@ -145,17 +149,18 @@ class Pipeline:
             )
         inputs, targets, keywords = _fill_up(inputs, targets, keywords, self._count)
         first = _split(inputs, keywords, inputs.shape[0] // self._count)[0]
+        is_new = self._key(first) not in self._schedules
         schedule = self._schedules.lookup(self._key(first), lambda: self._schedule(first))
         self._loss_fn = loss_fn
         arguments = (inputs,) if self.is_first else ()
         to_loss: dict[str, Any] = {"target": targets, "losses": losses} if self.is_last else {}
-        schedule.step(*arguments, return_outputs=False, **to_loss, **keywords)
+        with _gradients_apart(self.stages.values()) if is_new else nullcontext():
+            schedule.step(*arguments, return_outputs=False, **to_loss, **keywords)
 
     def _schedule(self, microbatch: Microbatch) -> Any:
         layouts = self._layouts_of(microbatch)
         stages = [
-            # With examples of what comes and goes, torch need not run stages to find out. Its own way of doing so drops
-            # the gradients that FSDP has accumulated from earlier batches.
+            # With examples of what comes and goes, torch need not run forward and backward to find out.
             PipelineStage(
                 module,
                 stage,
@@ -173,7 +178,7 @@ class Pipeline:
 
     def _loss(self, output: Tensor, target: Tensor) -> Tensor:
         assert self._loss_fn is not None
-        return to_plain(self._loss_fn(output, target))
+        return _unviewed(to_plain(self._loss_fn(output, target)))
 
     # -- evaluation --
 
@@ -343,6 +348,11 @@ def _fill_up(
     return repeat_last(inputs), torch.cat([targets, ignored]), filled
 
 
+def _unviewed(tensor: Any) -> Any:
+    """The tensor, or a copy of a view: where the backward is split, torch detaches what stages return in place."""
+    return tensor.clone() if isinstance(tensor, Tensor) and tensor._is_view() else tensor
+
+
 def _wait(message: Message) -> Sequence[Tensor]:
     tensors, works = message
     for work in works:
@@ -370,6 +380,18 @@ def _example(layout: Layout, with_gradient: bool) -> Tensor:
     size, stride, dtype = layout
     needs = with_gradient and dtype.is_floating_point
     return torch.empty_strided(size, stride, dtype=dtype, device="meta", requires_grad=needs)
+
+
+@contextmanager
+def _gradients_apart(stages: Iterable[nn.Module]) -> Iterator[None]:
+    """Keeps gradients of earlier batches: a schedule's first step drops those of modules that FSDP shards (torch 2.13,
+    `PipelineStage._post_metadata_inference_cleanup`)."""
+    kept = [(p, p.grad) for stage in stages for p in stage.parameters() if p.grad is not None]
+    for parameter, _ in kept:
+        parameter.grad = None
+    yield
+    for parameter, gradient in kept:
+        parameter.grad = gradient if parameter.grad is None else gradient + parameter.grad
 
 
 @contextmanager
