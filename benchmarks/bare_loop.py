@@ -25,9 +25,10 @@ from lightning_llm.models.config import DecoderConfig
 from lightning_llm.models.decoder import Decoder
 from lightning_llm.models.initialization import RandomInit
 from lightning_llm.models.weights import load_weights
-from lightning_llm.strategies.pipeline import choose_microbatches, keep_stage
 from lightning_llm.strategies.plan import plan_of
-from lightning_llm.strategies.sharding import apply_sharding, local_shard
+from lightning_llm.strategies.schedules import schedule_kind
+from lightning_llm.strategies.sharding import Sharding, apply_sharding, local_shard
+from lightning_llm.strategies.stages import keep_stages, split_units
 from lightning_llm.strategies.tensor import apply_tensor_parallel
 
 
@@ -74,11 +75,12 @@ class BareLoop:
         self.stage = self.mesh["pp"].get_local_rank()
         self.is_first, self.is_last = self.stage == 0, self.stage == pipeline - 1
         if pipeline > 1:
-            keep_stage(self.model, plan, self.stage, pipeline)
+            keep_stages(self.model, plan, [self.stage], split_units(plan, self.model, pipeline))
         if tensor > 1:
             apply_tensor_parallel(self.model, self.mesh["tp"], plan, sequence_parallel=True)
         if data > 1:
-            apply_sharding(self.model, plan.units(self.model), self.mesh["dp"], reshard_after_forward=pipeline == 1)
+            sharding = Sharding(mesh=self.mesh["dp"], reshard_after_forward=pipeline == 1)
+            apply_sharding(self.model, plan.units(self.model), sharding)
         self.model.to_empty(device="cpu")
         load_weights(self.model, RandomInit(config, seed=0), local=local_shard)
 
@@ -124,7 +126,8 @@ class BareLoop:
         stage = PipelineStage(self.model, self.stage, stages, torch.device("cpu"), group=self.mesh["pp"].get_group())
         local_batch = self.loader.batch_size
         assert local_batch is not None
-        return Schedule1F1B(stage, choose_microbatches("auto", local_batch, stages), loss_fn=cross_entropy)
+        count = schedule_kind("1F1B").choose_microbatches("auto", local_batch, stages)
+        return Schedule1F1B(stage, count, loss_fn=cross_entropy)
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
         while True:

@@ -133,9 +133,14 @@ def load(path: Path, module: nn.Module, optimizers: list[Optimizer], aliases: Ma
             "Use a whole checkpoint, or export this one and start anew from the exported folder."
         )
     dcp.load(tensors, checkpoint_id=path)
+    for name, tensor in get_model_state_dict(module).items():
+        # A rank that has both a tied tensor and its copy has loaded one of them.
+        loaded = tensors["model"][_rename(name, aliases)]
+        if isinstance(tensor, Tensor) and tensor is not loaded:
+            tensor.copy_(loaded)
     for index, (optimizer, state) in enumerate(zip(optimizers, states, strict=True)):
         loaded = tensors[f"optimizer_{index}"]
-        back = {name: loaded[_rename(name, aliases)] for name in state}
+        back = {name: _own(loaded[_rename(name, aliases)], _rename(name, aliases) != name) for name in state}
         set_optimizer_state_dict(module, optimizer, back, options=_FLAT)
     return trainer_state(path)
 
@@ -179,6 +184,11 @@ def check(path: Path) -> None:
                 f"{path} is not a complete checkpoint: {name} is missing. Use another checkpoint: a run that was "
                 "interrupted while it wrote leaves such a folder."
             )
+
+
+def _own(value: Any, is_copy: bool) -> Any:
+    """Two optimizer states must not be one tensor, where a rank has both a tied tensor and its copy."""
+    return value.clone() if is_copy and isinstance(value, Tensor) else value
 
 
 def _renamed(state: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from lightning_llm.errors import ConfigurationError
 from lightning_llm.strategies.context import check_context, check_ulysses
 from lightning_llm.strategies.layout import Layout
 from lightning_llm.strategies.mesh import IN_WORLD_SIZE, ParallelDims, Size, check_size, recommended_sizes
-from lightning_llm.strategies.pipeline import choose_microbatches
 from lightning_llm.strategies.plan import ParallelPlan, plan_of
+from lightning_llm.strategies.stages import split_units
 
 _CUT = "_lightning_llm_is_cut"
 
@@ -87,6 +87,8 @@ def check_plan(model: nn.Module, dims: ParallelDims, layout: Layout) -> Parallel
     plan = plan_of(model)
     if plan is not None:
         plan.check(model, dims)
+        if dims.pipeline_parallel_size > 1:
+            split_units(plan, model, dims.pipeline_parallel_size * layout.stages_per_rank, layout.pipeline_split)
         if dims.context_parallel_size > 1 and layout.context_parallel_method == "ulysses":
             assert plan.attention_heads is not None
             heads, kv_heads = (number // dims.tensor_parallel_size for number in plan.attention_heads)
@@ -111,7 +113,9 @@ def check_data(datamodule: Any, dims: ParallelDims, layout: Layout, *, accumulat
     batch_size, seq_len = (getattr(datamodule, name, None) for name in ("batch_size", "seq_len"))
     if batch_size is not None and dims.pipeline_parallel_size > 1:
         local = batch_size // (dims.data_parallel_size * accumulate)
-        choose_microbatches(layout.microbatches, local, dims.pipeline_parallel_size)
+        layout.schedule.choose_microbatches(
+            layout.microbatches, local, dims.pipeline_parallel_size, layout.stages_per_rank
+        )
     if seq_len is not None:
         check_sequence(seq_len, dims, layout)
 

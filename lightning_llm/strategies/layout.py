@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.strategies.context import CONTEXT_METHODS, ContextMethod
 from lightning_llm.strategies.recompute import check_recompute
+from lightning_llm.strategies.schedules import ScheduleKind, schedule_kind
 from lightning_llm.strategies.sharding import ZeroStage
+from lightning_llm.strategies.stages import Split
 
 Recompute = str | int | float
 
@@ -22,6 +26,9 @@ class Layout:
     """
 
     zero_stage: ZeroStage = 3
+    pipeline_schedule: str = "1F1B"
+    pipeline_stages_per_rank: int | Literal["auto"] = "auto"
+    pipeline_split: Split = "balanced"
     microbatches: int | Literal["auto"] = "auto"
     sequence_parallel: bool = True
     context_parallel_method: ContextMethod = "allgather"
@@ -36,15 +43,36 @@ class Layout:
             raise ConfigurationError(
                 f"microbatches={self.microbatches!r} must be a whole number of at least 1, or 'auto'."
             )
+        if self.compile and self.schedule.splits_backward:
+            raise ConfigurationError(
+                f"pipeline_schedule={self.schedule.name!r} computes the gradients of weights apart from the others, which "
+                "compiled blocks do not offer. Set compile to false, or use the schedule 'Interleaved1F1B'."
+            )
+        if self.recompute != "none" and self.schedule.splits_backward:
+            rank_zero_warn(
+                f"recompute={self.recompute!r} with pipeline_schedule={self.schedule.name!r} is slow: each half of its "
+                "backward recomputes the block. Consider recompute='none', or the schedule 'Interleaved1F1B'."
+            )
         if self.context_parallel_method not in CONTEXT_METHODS:
             raise ConfigurationError(
                 f"context_parallel_method={self.context_parallel_method!r} must be one of {', '.join(CONTEXT_METHODS)}."
             )
+        _ = self.stages_per_rank  # refuses what the schedule does not take
         check_recompute(self.recompute, compile=self.compile)
         if self.offload_parameters not in (None, "cpu"):
             raise ConfigurationError(
                 f"offload_parameters={self.offload_parameters!r} must be 'cpu' or None. NVMe needs DeepSpeed's engine."
             )
+
+    @property
+    def schedule(self) -> ScheduleKind:
+        """The pipeline's schedule."""
+        return schedule_kind(self.pipeline_schedule)
+
+    @property
+    def stages_per_rank(self) -> int:
+        """Stages that each rank of a pipeline has."""
+        return self.schedule.resolve_stages_per_rank(self.pipeline_stages_per_rank)
 
     @property
     def replicates_all(self) -> bool:

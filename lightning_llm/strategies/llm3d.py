@@ -39,12 +39,14 @@ from lightning_llm.strategies.optimization import (
     scale_gradients,
 )
 from lightning_llm.strategies.parallelize import Parts, parallelize
-from lightning_llm.strategies.pipeline import AliasedSource, Pipeline, add_tied_gradients, ends_group
+from lightning_llm.strategies.pipeline import Pipeline
 from lightning_llm.strategies.plan import ParallelPlan
 from lightning_llm.strategies.precision import LLMPrecision
 from lightning_llm.strategies.processes import ProcessGrid
 from lightning_llm.strategies.sharding import ZeroStage, local_shard, set_accumulation
+from lightning_llm.strategies.stages import Split
 from lightning_llm.strategies.tensor import logits_context, retie, to_plain
+from lightning_llm.strategies.tied import AliasedSource, add_tied_gradients, ends_group
 
 
 class LLM3DStrategy(ProcessGrid):
@@ -67,6 +69,10 @@ class LLM3DStrategy(ProcessGrid):
             gradients too; 3 parameters too. Stages 1 and 2 differ under gradient accumulation, see `set_accumulation`.
             A pipeline keeps parameters gathered during a step in any stage, since it would otherwise gather once per
             microbatch.
+        pipeline_schedule: GPipe, 1F1B, Interleaved1F1B, LoopedBFS, InterleavedZeroBubble, ZBVZeroBubble or DualPipeV.
+        pipeline_stages_per_rank: Stages that each pipeline rank has; "auto" is 2 for schedules that take several, else 1.
+        pipeline_split: "balanced" by parameters, "even" by layers, or a list with an entry for each stage: how many
+            layers, or the names of its modules. See `split_units`.
         microbatches: Microbatches per batch of a data rank in a pipeline, or "auto".
         sequence_parallel: Split activations between the blocks over the tensor axis, along the sequence.
         context_parallel_method: "allgather", "ulysses" or "ring"; see `ContextParallel`.
@@ -89,6 +95,9 @@ class LLM3DStrategy(ProcessGrid):
         expert_parallel_size: int = 1,
         replicate_size: int = 1,
         zero_stage: ZeroStage = 3,
+        pipeline_schedule: str = "1F1B",
+        pipeline_stages_per_rank: int | Literal["auto"] = "auto",
+        pipeline_split: Split = "balanced",
         microbatches: int | Literal["auto"] = "auto",
         sequence_parallel: bool = True,
         context_parallel_method: ContextMethod = "allgather",
@@ -109,6 +118,9 @@ class LLM3DStrategy(ProcessGrid):
             },
             layout=Layout(
                 zero_stage=zero_stage,
+                pipeline_schedule=pipeline_schedule,
+                pipeline_stages_per_rank=pipeline_stages_per_rank,
+                pipeline_split=pipeline_split,
                 microbatches=microbatches,
                 sequence_parallel=sequence_parallel,
                 context_parallel_method=context_parallel_method,
@@ -205,10 +217,15 @@ class LLM3DStrategy(ProcessGrid):
                 raise ConfigurationError(
                     f"A pipeline needs {type(module).__name__}.{name}(); see lightning_llm.LLMModule for what it does."
                 )
-        (stage,) = self.parts.stages.values()
-        self.pipeline = Pipeline(stage, self.meshes.pipeline, self.root_device, self.layout.microbatches)
+        self.pipeline = Pipeline(
+            self.parts.stages,
+            self.meshes.pipeline,
+            self.root_device,
+            schedule=self.layout.pipeline_schedule,
+            microbatches=self.layout.microbatches,
+        )
         if plan.tied:
-            self._tied_group = ends_group(self.meshes.dense, self.timeout)
+            self._tied_group = ends_group(self.meshes.dense, self.layout.schedule, self.timeout)
         # The module's own training_step still runs on every rank and logs as always; what it calls is now the schedule.
         module.forward_loss = self._pipelined_loss  # type: ignore[assignment]
         module.forward = self.pipeline.forward  # type: ignore[method-assign]
@@ -234,8 +251,9 @@ class LLM3DStrategy(ProcessGrid):
         model.to_empty(device="cpu" if self.layout.offload_parameters else self.root_device)
         source = weight_source()
         if self.plan is not None:
-            for owner, copy in self.plan.tied:
-                retie(model, owner, copy)
+            if self.pipeline is None:  # whose first and last stage have a copy each, wherever they are
+                for owner, copy in self.plan.tied:
+                    retie(model, owner, copy)
             source = AliasedSource(source, self.plan)
         load_weights(model, source, local=local_shard)
 
@@ -342,6 +360,12 @@ class LLM3DStrategy(ProcessGrid):
     # -- optimization --
 
     @property
+    def _model(self) -> nn.Module:
+        model = getattr(self.lightning_module, "model", None)
+        assert isinstance(model, nn.Module)
+        return model
+
+    @property
     def _accumulates(self) -> bool:
         assert self.lightning_module is not None
         return self.lightning_module.trainer.accumulate_grad_batches > 1
@@ -364,7 +388,7 @@ class LLM3DStrategy(ProcessGrid):
         self._gradient_norm = None
         align_gradients(self.lightning_module.parameters())
         if self.pipeline is not None and self.plan is not None and self.plan.tied:
-            add_tied_gradients(self.pipeline.module, self.plan, self._tied_group)
+            add_tied_gradients(self._model, self.plan, self._tied_group)
         if self.parts is not None and self.parts.experts:
             factor = expert_gradient_factor(self.meshes.dims, sequence_parallel=self.layout.sequence_parallel)
             scale_gradients((p for module in self.parts.experts for p in module.parameters()), factor)
@@ -383,8 +407,8 @@ class LLM3DStrategy(ProcessGrid):
         """This rank's parameters without the last stage's copies of tensors that the first stage owns."""
         assert self.lightning_module is not None
         copies: set[int] = set()
-        if self.plan is not None and self.pipeline is not None and not self.pipeline.is_first:
-            named = dict(self.pipeline.module.named_parameters())
+        if self.plan is not None and self.pipeline is not None:
+            named = dict(self._model.named_parameters())
             copies = {id(named[copy]) for _, copy in self.plan.tied if copy in named}
         return [parameter for parameter in self.lightning_module.parameters() if id(parameter) not in copies]
 

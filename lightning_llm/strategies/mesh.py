@@ -301,8 +301,8 @@ class Meshes:
         return _sharding_axes(self.expert, "efsdp")
 
     @property
-    def stage(self) -> int:
-        """Pipeline stage of this rank, from 0."""
+    def pipeline_rank(self) -> int:
+        """This rank's place on the pipeline axis, from 0."""
         return self.pipeline.get_local_rank()
 
     def model_peers(self) -> list[int]:

@@ -17,7 +17,6 @@ from lightning_llm.strategies.context import ContextParallel
 from lightning_llm.strategies.expert import apply_expert_parallel, experts_of
 from lightning_llm.strategies.layout import Layout
 from lightning_llm.strategies.mesh import Meshes
-from lightning_llm.strategies.pipeline import keep_stage
 from lightning_llm.strategies.plan import ParallelPlan
 from lightning_llm.strategies.recompute import apply_recompute
 from lightning_llm.strategies.sharding import (
@@ -26,6 +25,7 @@ from lightning_llm.strategies.sharding import (
     apply_sharding,
     shard_without_plan,
 )
+from lightning_llm.strategies.stages import keep_stages, split_units
 from lightning_llm.strategies.tensor import apply_tensor_parallel
 
 
@@ -82,13 +82,14 @@ def parallelize(
             parts.roots = shard_without_plan(model, sharding)
         return parts
 
-    parts = Parts(stages=_stages(model, plan, meshes))
+    parts = Parts(stages=_stages(model, plan, meshes, layout))
     if dims.context_parallel_size > 1:
         parts.context = ContextParallel(meshes.context, layout.context_parallel_method)
         for stage in parts.stages.values():
             parts.context.attach(stage)
     if dims.tensor_parallel_size > 1:
-        apply_tensor_parallel(model, meshes.tensor, plan, sequence_parallel=layout.sequence_parallel)
+        for stage in parts.stages.values():
+            apply_tensor_parallel(stage, meshes.tensor, plan, sequence_parallel=layout.sequence_parallel)
     experts = experts_of(model)
     if experts and meshes.expert is not None:
         apply_expert_parallel(model, meshes, sequence_parallel=layout.sequence_parallel)
@@ -107,11 +108,13 @@ def parallelize(
     return parts
 
 
-def _stages(model: nn.Module, plan: ParallelPlan, meshes: Meshes) -> dict[int, nn.Module]:
-    if meshes.dims.pipeline_parallel_size == 1:
+def _stages(model: nn.Module, plan: ParallelPlan, meshes: Meshes, layout: Layout) -> dict[int, nn.Module]:
+    ranks = meshes.dims.pipeline_parallel_size
+    if ranks == 1:
         return {0: model}
-    keep_stage(model, plan, meshes.stage, meshes.dims.pipeline_parallel_size)
-    return {meshes.stage: model}
+    stage_ids = layout.schedule.stage_ids(meshes.pipeline_rank, ranks, layout.stages_per_rank)
+    cut = split_units(plan, model, ranks * layout.stages_per_rank, layout.pipeline_split)
+    return keep_stages(model, plan, stage_ids, cut)
 
 
 def _offload_policy(layout: Layout, device: torch.device) -> OffloadPolicy:

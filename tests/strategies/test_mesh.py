@@ -258,7 +258,7 @@ def build_and_ask() -> list[dict[str, Any]]:
                 "grid": meshes.grid and tuple(meshes.grid.get_coordinate()),
                 "expert": meshes.expert and tuple(meshes.expert.get_coordinate()),
                 "reached": reached,
-                "stage": meshes.stage,
+                "stage": meshes.pipeline_rank,
                 "peers": meshes.model_peers(),
                 "sharding": meshes.sharding.mesh.flatten().tolist(),
                 "tensor": meshes.tensor.mesh.tolist(),
