@@ -177,7 +177,7 @@ class LLMModule(LightningModule):
         return self.model(input_ids, **keywords)
 
     def model_keywords(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What of a batch the model is called with beside `input_ids`: `positions` and `document_ids`, if it has them."""
+        """What the model is called with beside `input_ids`: the batch's `positions` and `document_ids`, if it has any."""
         return {name: batch[name] for name in ("positions", "document_ids") if name in batch}
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -239,8 +239,8 @@ class LLMModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Logs how balanced the experts are, over all ranks, and corrects the biases of routers that have them.
 
-        `router_aux_loss` (1 * top_k when balanced), `router_z_loss`, and `expert_load_max`: tokens of the fullest expert
-        over the average, all of them averaged over the layers.
+        `router_aux_loss` (`num_experts_per_tok` when balanced), `router_z_loss`, and `expert_load_max`, the tokens of
+        the fullest expert over the average; all of them averaged over the layers.
         """
         if self.config.num_moe_layers == 0:
             return
@@ -252,7 +252,9 @@ class LLMModule(LightningModule):
                 continue
             counts, *losses = (router.data_sum(x.double()) for x in router.statistics)
             aux_loss, z_loss, sequences = losses
-            sums += torch.stack([aux_loss / sequences, z_loss / sequences, counts.max() / counts.mean(), sums.new_ones(())])
+            sums += torch.stack(
+                [aux_loss / sequences, z_loss / sequences, counts.max() / counts.mean(), sums.new_ones(())]
+            )
         for router in routers:
             if router.e_score_correction_bias is not None:
                 router.update_bias(self.router_bias_update_rate)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Partial, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from lightning_llm.models.moe import Experts, Router
@@ -122,10 +122,14 @@ class RouterParallel(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, Router)
-        module.local = lambda weight: weight.to_local(grad_placements=[self._gradient])
+        module.local = self._local
         # The weight alone: the bias is added to plain scores.
         module.weight = nn.Parameter(distribute_tensor(module.weight, device_mesh, [Replicate()]))
         return module
+
+    def _local(self, weight: Tensor) -> Tensor:
+        assert isinstance(weight, DTensor)
+        return weight.to_local(grad_placements=[self._gradient])
 
 
 def _sum_over(meshes: list[DeviceMesh]) -> Callable[[Tensor], Tensor]:

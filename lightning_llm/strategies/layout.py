@@ -45,8 +45,8 @@ class Layout:
             )
         if self.compile and self.schedule.splits_backward:
             raise ConfigurationError(
-                f"pipeline_schedule={self.schedule.name!r} computes the gradients of weights apart from the others, which "
-                "compiled blocks do not offer. Set compile to false, or use the schedule 'Interleaved1F1B'."
+                f"pipeline_schedule={self.schedule.name!r} computes the gradients of weights apart from the others, "
+                "which compiled blocks do not offer. Set compile to false, or use the schedule 'Interleaved1F1B'."
             )
         if self.recompute != "none" and self.schedule.splits_backward:
             rank_zero_warn(

@@ -70,7 +70,8 @@ class LLM3DStrategy(ProcessGrid):
             A pipeline keeps parameters gathered during a step in any stage, since it would otherwise gather once per
             microbatch.
         pipeline_schedule: GPipe, 1F1B, Interleaved1F1B, LoopedBFS, InterleavedZeroBubble, ZBVZeroBubble or DualPipeV.
-        pipeline_stages_per_rank: Stages that each pipeline rank has; "auto" is 2 for schedules that take several, else 1.
+        pipeline_stages_per_rank: Stages that each pipeline rank has; "auto" is 2 for schedules that take several,
+            else 1.
         pipeline_split: "balanced" by parameters, "even" by layers, or a list with an entry for each stage: how many
             layers, or the names of its modules. See `split_units`.
         microbatches: Microbatches per batch of a data rank in a pipeline, or "auto".
@@ -360,7 +361,7 @@ class LLM3DStrategy(ProcessGrid):
     # -- optimization --
 
     @property
-    def _model(self) -> nn.Module:
+    def _decoder(self) -> nn.Module:
         model = getattr(self.lightning_module, "model", None)
         assert isinstance(model, nn.Module)
         return model
@@ -388,7 +389,7 @@ class LLM3DStrategy(ProcessGrid):
         self._gradient_norm = None
         align_gradients(self.lightning_module.parameters())
         if self.pipeline is not None and self.plan is not None and self.plan.tied:
-            add_tied_gradients(self._model, self.plan, self._tied_group)
+            add_tied_gradients(self._decoder, self.plan, self._tied_group)
         if self.parts is not None and self.parts.experts:
             factor = expert_gradient_factor(self.meshes.dims, sequence_parallel=self.layout.sequence_parallel)
             scale_gradients((p for module in self.parts.experts for p in module.parameters()), factor)
@@ -408,7 +409,7 @@ class LLM3DStrategy(ProcessGrid):
         assert self.lightning_module is not None
         copies: set[int] = set()
         if self.plan is not None and self.pipeline is not None:
-            named = dict(self._model.named_parameters())
+            named = dict(self._decoder.named_parameters())
             copies = {id(named[copy]) for _, copy in self.plan.tied if copy in named}
         return [parameter for parameter in self.lightning_module.parameters() if id(parameter) not in copies]
 
