@@ -177,7 +177,7 @@ class LLMModule(LightningModule):
         return self.model(input_ids, **keywords)
 
     def model_keywords(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the model is called with beside `input_ids`: the batch's `positions` and `document_ids`, if it has any."""
+        """What the model is called with beside `input_ids`: the batch's `positions` and `document_ids`, if any."""
         return {name: batch[name] for name in ("positions", "document_ids") if name in batch}
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.nn.attention.bias import causal_lower_right
 
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.models.attention import causal_attention, visible
@@ -149,18 +148,15 @@ def allgather_attention(
     parts = []
     for part, first in ((0, rank * chunk), (1, (2 * size - 1 - rank) * chunk)):
         queries, end = q[:, :, part * chunk : (part + 1) * chunk], first + chunk
-        if sliding_window is None and documents is None:
-            mask: Any = causal_lower_right(chunk, end)
-        else:
-            positions = torch.arange(end, device=q.device)
-            mask = visible(
-                positions[first:],
-                positions,
-                documents[:, first:end] if documents is not None else None,
-                documents[:, :end] if documents is not None else None,
-                sliding_window,
-            )
-            mask = mask if documents is None else mask.unsqueeze(1)  # the same for all heads
+        positions = torch.arange(end, device=q.device)
+        mask = visible(
+            positions[first:],
+            positions,
+            documents[:, first:end] if documents is not None else None,
+            documents[:, :end] if documents is not None else None,
+            sliding_window,
+        )
+        mask = mask if documents is None else mask.unsqueeze(1)  # the same for all heads
         keys, values = k[:, :, :end], v[:, :, :end]
         parts.append(
             F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped)

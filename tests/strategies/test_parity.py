@@ -1,5 +1,9 @@
 """The same run in every layout: one loss curve, one gradient."""
 
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -20,73 +24,145 @@ from tests.strategies.training import (
     train,
 )
 
-TP2 = {"tensor_parallel_size": 2}
-PP2 = {"pipeline_parallel_size": 2}
-LAYOUTS: list[tuple[str, int, dict[str, Any]]] = [
-    ("tp2", 2, TP2),
-    ("pp2", 2, PP2),
-    ("dp2", 2, {}),
-    ("dp2 x tp2", 4, TP2),
-    ("pp2 x dp2", 4, PP2),
-    ("pp4", 4, {"pipeline_parallel_size": 4}),
-    ("pp2 x tp2, whole sequence", 4, {**TP2, **PP2, "sequence_parallel": False}),
-    ("replicate2 x shard2", 4, {"replicate_size": 2, "zero_stage": 2}),
-    ("pp2 x dp2 x tp2", 8, {**TP2, **PP2}),
-]
-CONFIGS = {
+STEPS = 10
+MODELS = {
     "plain": SMALL,
     "tied": SMALL.replace(tie_word_embeddings=True),
     "biases": SMALL.replace(attention_bias=True, attention_output_bias=True, mlp_bias=True),
     "qk_norm": SMALL.replace(qk_norm=True, model_type="qwen3"),
+    "moe": SMALL.replace(
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, router_aux_loss_coef=0.05, model_type="mixtral"
+    ),
+    # Sigmoid scores, biased choice, a shared expert, and a first layer without experts.
+    "shared": SMALL.replace(
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        n_shared_experts=1,
+        scoring_func="sigmoid",
+        use_routing_bias=True,
+        first_k_dense_replace=1,
+        qk_norm=True,
+        model_type="dots1",
+    ),
+    "whole_norm": SMALL.replace(
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        qk_norm=True,
+        qk_norm_whole=True,
+        model_type="olmoe",
+    ),
 }
+TP2 = {"tensor_parallel_size": 2}
+PP2 = {"pipeline_parallel_size": 2}
+CP2 = {"context_parallel_size": 2}
+EP2 = {"expert_parallel_size": 2}
+EP4 = {"expert_parallel_size": 4}
+WHOLE_SEQUENCE = {"sequence_parallel": False}
 
 
-# Every layout with the plain model; the other models in the layouts where their peculiarity matters. The rest is for
-# `make test-all`.
-ESSENTIAL = {"tied": ("pp2", "pp2 x dp2 x tp2"), "biases": ("dp2 x tp2",), "qk_norm": ("dp2 x tp2",)}
-CASES = [
-    pytest.param(
-        world_size,
-        sizes,
-        config_name,
-        id=f"{layout}, {config_name}",
-        marks=() if config_name == "plain" or layout in ESSENTIAL[config_name] else pytest.mark.slow,
-    )
-    for layout, world_size, sizes in LAYOUTS
-    for config_name in CONFIGS
+def by(schedule: str) -> dict[str, Any]:
+    return {**PP2, "pipeline_schedule": schedule}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A row of the table: sizes and settings of the strategy, and of the run."""
+
+    name: str
+    world_size: int
+    strategy: dict[str, Any]
+    model: str = "plain"
+    accumulate: int = 1
+    trainer: dict[str, Any] = field(default_factory=dict)
+    core: bool = False  # its gradients are compared in float64 in every run of the tests, the others' in the slow ones
+    slow: bool = False
+
+    def __str__(self) -> str:
+        parts = [self.name, "" if self.model == "plain" else self.model]
+        return ", ".join([*filter(None, parts), *([f"accumulate {self.accumulate}"] if self.accumulate > 1 else [])])
+
+
+BY_VALUE = {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"}
+UNCLIPPED = {"gradient_clip_val": None}
+LAYOUTS = [
+    # One axis.
+    Layout("dp2", 2, {}, core=True),
+    Layout("dp2 ZeRO-0", 2, {"zero_stage": 0}, "tied"),
+    Layout("dp2 ZeRO-1", 2, {"zero_stage": 1}, accumulate=2, core=True),
+    Layout("dp2 ZeRO-2", 2, {"zero_stage": 2, "recompute": "full"}, accumulate=2, trainer=BY_VALUE),
+    Layout("dp4 as replicate2 x shard2", 4, {"replicate_size": 2, "zero_stage": 2}, accumulate=2, core=True),
+    Layout("dp2 offloaded", 2, {"offload_parameters": "cpu"}),
+    Layout("tp2", 2, TP2, "biases"),
+    Layout("tp2 whole sequence", 2, {**TP2, **WHOLE_SEQUENCE, "recompute": 2}, "tied"),
+    Layout("cp2 allgather", 2, {**CP2, "recompute": "selective"}, core=True),
+    Layout("cp2 ulysses", 2, {**CP2, "context_parallel_method": "ulysses"}, "qk_norm"),
+    Layout("cp2 ring", 2, {**CP2, "context_parallel_method": "ring"}, accumulate=2),
+    # Every schedule.
+    Layout("pp2 GPipe", 2, by("GPipe"), trainer=BY_VALUE),
+    Layout("pp2 1F1B", 2, by("1F1B"), "tied", accumulate=2, core=True),
+    Layout("pp2 Interleaved1F1B", 2, {**by("Interleaved1F1B"), "recompute": "full"}, core=True),
+    Layout("pp2 LoopedBFS", 2, by("LoopedBFS"), trainer=UNCLIPPED),
+    Layout("pp2 InterleavedZeroBubble", 2, by("InterleavedZeroBubble"), "biases", core=True),
+    Layout("pp2 ZBVZeroBubble", 2, by("ZBVZeroBubble"), "tied", core=True),
+    Layout("pp2 DualPipeV", 2, by("DualPipeV"), "tied"),
+    Layout("pp4", 4, {"pipeline_parallel_size": 4, "pipeline_split": [1, 1, 1, 1]}, "tied"),
+    # Axes together.
+    Layout("dp2 x tp2", 4, TP2, "qk_norm", core=True),
+    Layout("pp2 x dp2", 4, {**PP2, "zero_stage": 1}, accumulate=2),
+    Layout("cp2 x tp2", 4, {**CP2, **TP2}),
+    Layout("pp2 x tp2 whole sequence", 4, {**TP2, **PP2, **WHOLE_SEQUENCE}, "tied"),
+    Layout("pp2 x dp2 x tp2", 8, {**by("Interleaved1F1B"), **TP2}, "tied", accumulate=2, core=True),
+    Layout("pp2 x cp2 x tp2", 8, {**by("ZBVZeroBubble"), **CP2, **TP2}, "tied"),
+    # Mixtures of experts.
+    Layout("dp2", 2, {}, "moe"),
+    Layout("dp2 x ep2", 2, {**EP2, "recompute": "full"}, "moe", core=True),
+    Layout("tp2 x ep2", 2, {**TP2, **EP2}, "whole_norm"),
+    Layout("dp2 x tp2 x ep4", 4, {**TP2, **EP4}, "shared", core=True),
+    Layout("cp2 x dp2 x ep4, ZeRO-0", 4, {**CP2, **EP4, "zero_stage": 0}, "shared"),
+    Layout("pp2 x dp2 x ep2", 4, {**by("ZBVZeroBubble"), **EP2}, "moe", core=True),
+    Layout("pp2 x dp2 x tp2 x ep4", 8, {**by("Interleaved1F1B"), **TP2, **EP4}, "shared", slow=True),
+    Layout("replicate2 x tp2 x ep2", 4, {**TP2, **EP2, **WHOLE_SEQUENCE, "replicate_size": 2}, "shared"),
 ]
 
 
-@pytest.fixture(scope="module")
-def single() -> dict[str, dict[str, Any]]:
-    """The reference: one process, by the strategy's own single-process path."""
-    return {name: run_distributed(train, 1, 1, {}, config)[0] for name, config in CONFIGS.items()}
+def rows(marked: Any) -> list[Any]:
+    return [pytest.param(row, id=str(row), marks=pytest.mark.slow if marked(row) else ()) for row in LAYOUTS]
 
 
-@pytest.mark.parametrize(("world_size", "sizes", "config_name"), CASES)
-def test_loss_curve_is_that_of_one_process(
-    single: dict[str, dict[str, Any]], world_size: int, sizes: dict[str, Any], config_name: str
-) -> None:
-    reference = single[config_name]
-    assert reference["losses"][-1] < reference["losses"][0] - 0.3, "the reference must learn"
-    for seen in run_distributed(train, world_size, world_size, sizes, CONFIGS[config_name]):
-        assert seen["losses"] == pytest.approx(reference["losses"], abs=1e-4)
-        assert seen["grad_norms"] == pytest.approx(reference["grad_norms"], rel=1e-3)
+@functools.cache
+def curve_of_one_process(model: str, clipping: str) -> dict[str, Any]:
+    """By the strategy's own path for one process; `test_lightnings_own_strategy...` compares it with another's."""
+    trainer = {"": {}, "value": BY_VALUE, "none": UNCLIPPED}[clipping]
+    return run_distributed(functools.partial(train, max_steps=STEPS, **trainer), 1, 1, {}, MODELS[model])[0]
+
+
+@pytest.mark.parametrize("row", rows(lambda row: row.slow))
+def test_loss_curve_is_that_of_one_process(row: Layout) -> None:
+    clipping = {"norm": "", "value": "value"}[row.trainer.get("gradient_clip_algorithm", "norm")]
+    reference = curve_of_one_process(row.model, "none" if row.trainer == UNCLIPPED else clipping)
+    assert reference["losses"][-1] < reference["losses"][0] - 0.2, "the reference must learn"
+    run = functools.partial(train, max_steps=STEPS, **row.trainer)
+    for seen in run_distributed(run, row.world_size, row.world_size, row.strategy, MODELS[row.model], row.accumulate):
+        assert seen["step_losses"] == pytest.approx(reference["step_losses"], abs=1e-4)
+        assert seen["step_norms"] == pytest.approx(reference["step_norms"], rel=2e-3)
         assert seen["metrics"]["val_loss"] == pytest.approx(reference["metrics"]["val_loss"], abs=1e-4)
-        assert seen["global_step"] == 20
+        assert seen["global_step"] == STEPS
 
 
 def train_with_ddp(world_size: int) -> list[float]:
     recorder = Recorder()
-    trainer = make_trainer("ddp", world_size, callbacks=[recorder])
+    trainer = make_trainer("ddp", world_size, callbacks=[recorder], max_steps=STEPS)
     rows = DataLoader(TokenRows(), batch_size=BATCH_SIZE // world_size)
     trainer.fit(make_module(), rows)
     return recorder.losses
 
 
-def test_lightnings_own_strategy_gives_the_same_curve(single: dict[str, dict[str, Any]]) -> None:
+def test_lightnings_own_strategy_gives_the_same_curve() -> None:
+    expected = curve_of_one_process("plain", "")["losses"]
     for losses in run_distributed(train_with_ddp, 2, 2):
-        assert losses == pytest.approx(single["plain"]["losses"], abs=1e-4)
+        assert losses == pytest.approx(expected, abs=1e-4)
 
 
 class GradientsOfFirstStep(Callback):
@@ -102,9 +178,9 @@ class GradientsOfFirstStep(Callback):
 
 
 def first_gradients(
-    world_size: int, sizes: dict[str, Any], config: DecoderConfig, accumulate: int = 1, ignore: bool = True
+    world_size: int, strategy_arguments: dict[str, Any], config: DecoderConfig, accumulate: int = 1
 ) -> dict[str, Any]:
-    strategy = LLM3DStrategy(**sizes)
+    strategy = LLM3DStrategy(**strategy_arguments)
     collected = GradientsOfFirstStep()
     trainer = make_trainer(
         strategy,
@@ -115,34 +191,34 @@ def first_gradients(
         accumulate_grad_batches=accumulate,
         limit_val_batches=0,
     )
-    trainer.fit(make_module(config, warmup_steps=0), loader(trainer, strategy, accumulate, ignore=ignore))
+    trainer.fit(make_module(config, warmup_steps=0), loader(trainer, strategy, accumulate))
     return collected.gradients
 
 
-@pytest.mark.parametrize(("world_size", "sizes", "config_name"), CASES)
-def test_gradients_are_those_of_one_process(world_size: int, sizes: dict[str, Any], config_name: str) -> None:
-    config = CONFIGS[config_name]
-    reference = run_distributed(first_gradients, 1, 1, {}, config)[0]
+@functools.cache
+def gradients_of_one_process(model: str) -> dict[str, torch.Tensor]:
+    return run_distributed(first_gradients, 1, 1, {}, MODELS[model])[0]
+
+
+@pytest.mark.parametrize("row", rows(lambda row: not row.core))
+def test_gradients_are_those_of_one_process(row: Layout) -> None:
+    config = MODELS[row.model]
+    reference = gradients_of_one_process(row.model)
     seen: dict[str, torch.Tensor] = {}
-    for gradients in run_distributed(first_gradients, world_size, world_size, sizes, config):
+    world = row.world_size
+    for gradients in run_distributed(first_gradients, world, world, row.strategy, config, row.accumulate):
         seen |= gradients
     tied_copy = {"model.lm_head.weight"} if config.tie_word_embeddings else set()
     assert seen.keys() - tied_copy == reference.keys()
     for name, gradient in seen.items():
         expected = reference["model.model.embed_tokens.weight" if name in tied_copy else name]
         assert expected.dtype == torch.float64
-        assert (gradient - expected).norm() <= 1e-6 * expected.norm(), name
+        assert (gradient - expected).norm() <= 1e-9 * expected.norm(), name
 
 
-@pytest.mark.parametrize(("world_size", "sizes"), [(1, {}), (4, {**TP2, **PP2}), (4, PP2), (2, {})])
-def test_accumulation_is_one_larger_batch(world_size: int, sizes: dict[str, Any]) -> None:
-    """Without ignored labels the mean of the parts is the mean of the whole."""
-    config = SMALL.replace(tie_word_embeddings=True)
-    whole, parts = ({} for _ in range(2))
-    for gradients in run_distributed(first_gradients, world_size, world_size, sizes, config, 1, False):
-        whole |= gradients
-    for gradients in run_distributed(first_gradients, world_size, world_size, sizes, config, 2, False):
-        parts |= gradients
-    assert whole.keys() == parts.keys()
-    for name, gradient in parts.items():
-        assert (gradient - whole[name]).norm() <= 1e-6 * whole[name].norm(), name
+def test_the_table_is_as_wide_as_it_says() -> None:
+    strategies = [row.strategy for row in LAYOUTS]
+    assert len(LAYOUTS) >= 24 and sum(row.core for row in LAYOUTS) >= 12
+    assert {strategy.get("zero_stage", 3) for strategy in strategies} == {0, 1, 2, 3}
+    schedules = {strategy.get("pipeline_schedule") for strategy in strategies} - {None}
+    assert len(schedules) == 7

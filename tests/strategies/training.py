@@ -50,12 +50,23 @@ class Recorder(Callback):
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.grad_norms: list[float] = []
+        # Of optimizer steps: the mean over the tokens of their batches, and the norm.
+        self.step_losses: list[float] = []
+        self.step_norms: list[float] = []
+        self._parts: list[tuple[float, float]] = []
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
         self.losses.append(float(trainer.callback_metrics["train_loss"]))
         self.grad_norms.append(float(trainer.callback_metrics.get("grad_norm", float("nan"))))
+        count = trainer.strategy.reduce((batch["labels"] != -100).sum().double(), reduce_op="mean")
+        self._parts.append((self.losses[-1], float(count)))
+        if trainer.global_step > len(self.step_losses):
+            total = sum(tokens for _, tokens in self._parts)
+            self.step_losses.append(sum(loss * tokens for loss, tokens in self._parts) / total)
+            self.step_norms.append(self.grad_norms[-1])
+            self._parts.clear()
 
 
 def make_module(config: DecoderConfig = SMALL, **arguments: Any) -> LLMModule:
@@ -95,6 +106,8 @@ def train(
     return {
         "losses": recorder.losses,
         "grad_norms": recorder.grad_norms,
+        "step_losses": recorder.step_losses,
+        "step_norms": recorder.step_norms,
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
         "global_step": trainer.global_step,
     }
