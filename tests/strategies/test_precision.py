@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
+from lightning_llm import LLM3DStrategy
 from lightning_llm.errors import ConfigurationError
-from lightning_llm.strategies.precision import COMPUTE_DTYPES, PARAMETER_DTYPES, LLMPrecision
+from lightning_llm.strategies.precision import COMPUTE_DTYPES, PARAMETER_DTYPES, LLMPrecision, LossScaler
+from tests.distributed import run_distributed
+from tests.strategies.training import Recorder, loader, make_module, make_trainer
 
 
 @pytest.mark.parametrize("name", ["16-true", "transformer-engine", "fp8"])
@@ -31,3 +36,80 @@ def test_a_precision_decides_the_types(name: str, dtype: torch.dtype) -> None:
     assert output.dtype == dtype
     assert torch.get_default_dtype() == torch.float32
     assert plugin.mp_policy.param_dtype == COMPUTE_DTYPES.get(name)
+
+
+def test_the_loss_scale_follows_overflows() -> None:
+    scaler = LossScaler(scale=8.0, growth_interval=3)
+    scales = []
+    for finite in (True, True, False, True, True, True, True):
+        scaler.update(finite)
+        scales.append(scaler.scale)
+    assert scales == [8, 8, 4, 4, 4, 8, 8]
+    again = LossScaler()
+    again.load_state_dict(scaler.state_dict())
+    assert (again.scale, again.finite_steps) == (scaler.scale, scaler.finite_steps) == (8.0, 1)
+
+
+def train_in(
+    world_size: int,
+    sizes: dict[str, Any],
+    precision: str,
+    scale: float = 2.0**16,
+    accumulate: int = 1,
+    steps: int = 6,
+) -> dict[str, Any]:
+    strategy, recorder = LLM3DStrategy(**sizes), Recorder()
+    plugin = LLMPrecision(precision)  # on a CPU Lightning itself would make "bf16-mixed" of "16-mixed"
+    if plugin.scaler is not None:
+        plugin.scaler.scale = scale
+    trainer = make_trainer(
+        strategy,
+        world_size,
+        plugins=[plugin],
+        callbacks=[recorder],
+        max_steps=steps,
+        limit_val_batches=0,
+        accumulate_grad_batches=accumulate,
+    )
+    trainer.fit(make_module(), loader(trainer, strategy, accumulate))
+    return {
+        "losses": recorder.step_losses,
+        "norms": recorder.step_norms,
+        "scale": plugin.loss_scale,
+        "global_step": trainer.global_step,
+    }
+
+
+LAYOUTS: list[tuple[int, dict[str, Any], int]] = [
+    (2, {"tensor_parallel_size": 2}, 1),
+    (4, {"pipeline_parallel_size": 2, "zero_stage": 1}, 2),
+    (4, {"context_parallel_size": 2, "zero_stage": 2, "recompute": "full"}, 2),
+]
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
+@pytest.mark.parametrize(("world_size", "sizes", "accumulate"), LAYOUTS)
+def test_mixed_precision_is_the_same_run_in_every_layout(
+    precision: str, world_size: int, sizes: dict[str, Any], accumulate: int
+) -> None:
+    exact = run_distributed(train_in, 1, 1, {}, "32-true")[0]
+    one = run_distributed(train_in, 1, 1, {}, precision)[0]
+    assert one["losses"] != exact["losses"]
+    assert one["losses"] == pytest.approx(exact["losses"], abs=0.02)
+    for seen in run_distributed(train_in, world_size, world_size, sizes, precision, 2.0**16, accumulate):
+        assert seen["losses"] == pytest.approx(one["losses"], abs=0.01)
+        assert seen["norms"] == pytest.approx(one["norms"], rel=0.03)
+        assert seen["scale"] == one["scale"]
+
+
+@pytest.mark.parametrize(("world_size", "sizes", "accumulate"), LAYOUTS)
+def test_an_overflow_anywhere_leaves_the_step_out_everywhere(
+    world_size: int, sizes: dict[str, Any], accumulate: int
+) -> None:
+    """A scale that float16 cannot hold: nothing is learnt until it has been halved often enough."""
+    for seen in run_distributed(train_in, world_size, world_size, sizes, "16-mixed", 2.0**24, accumulate, 12):
+        finite = [norm == norm and norm != float("inf") for norm in seen["norms"]]
+        skipped = finite.index(True)
+        assert skipped >= 1 and all(finite[skipped:])
+        assert seen["scale"] == 2.0**24 / 2**skipped
+        assert seen["global_step"] == 12
