@@ -54,6 +54,7 @@ def run(
     return {
         "losses": recorder.losses,
         "weights": {name: full(p).detach().clone() for name, p in module.named_parameters()},
+        "buffers": {name: full(b).detach().clone() for name, b in module.named_buffers()},
         "val_loss": float(trainer.callback_metrics.get("val_loss", float("nan"))),
         "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
     }

@@ -12,7 +12,18 @@ from tests.distributed import run_distributed
 
 TP2 = {"tensor_parallel_size": 2}
 PP2 = {"pipeline_parallel_size": 2}
+EP4 = {"expert_parallel_size": 4}
 TIED = CONFIG.replace(tie_word_embeddings=True)
+EXPERTS = CONFIG.replace(
+    num_experts=8,
+    num_experts_per_tok=2,
+    moe_intermediate_size=32,
+    n_shared_experts=1,
+    scoring_func="sigmoid",
+    use_routing_bias=True,
+    qk_norm=True,
+    model_type="dots1",
+)
 
 
 def job(world_size: int, sizes: dict[str, Any], corpus: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -26,6 +37,8 @@ def job(world_size: int, sizes: dict[str, Any], corpus: Path, options: dict[str,
         pytest.param(2, {}, {"accumulate_grad_batches": 2}, id="dp2, accumulation"),
         pytest.param(4, {**TP2, **PP2}, {"config": TIED}, id="pp2 x tp2, tied"),
         pytest.param(8, {**TP2, **PP2}, {}, id="pp2 x dp2 x tp2"),
+        pytest.param(2, {**PP2, "pipeline_schedule": "ZBVZeroBubble"}, {"config": TIED}, id="both ends on one rank"),
+        pytest.param(4, {**TP2, **EP4}, {"config": EXPERTS}, id="dp2 x tp2 x ep4"),
     ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(
@@ -65,6 +78,8 @@ def saved_in_3d(
         pytest.param(2, TP2, id="tp2"),
         pytest.param(2, PP2, id="pp2"),
         pytest.param(2, {}, id="dp2"),
+        pytest.param(2, {"context_parallel_size": 2, "zero_stage": 0}, id="cp2, ZeRO-0"),
+        pytest.param(2, {**PP2, "pipeline_schedule": "DualPipeV"}, id="pp2, both ends on one rank"),
     ],
 )
 def test_another_layout_continues_the_run(
@@ -76,6 +91,29 @@ def test_another_layout_continues_the_run(
     expected = weights_of_all(saved_in_3d["results"])
     for name, weight in weights_of_all(results).items():
         torch.testing.assert_close(weight, expected[name], atol=1e-4, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize(
+    ("world_size", "sizes"),
+    [
+        pytest.param(1, {}, id="one process"),
+        pytest.param(2, {"expert_parallel_size": 2}, id="dp2 x ep2"),
+        pytest.param(4, {**PP2, **TP2}, id="pp2 x tp2"),
+    ],
+)
+def test_experts_continue_in_another_layout(
+    corpus: Path, tmp_path: Path, world_size: int, sizes: dict[str, Any]
+) -> None:
+    """Their router's biases too, which are no parameters."""
+    options = {"config": EXPERTS}
+    whole = run_distributed(job, 4, 4, {**TP2, **EP4}, corpus, {"save_at": {3: tmp_path / "step-3"}, **options})
+    results = run_distributed(job, world_size, world_size, sizes, corpus, {"resume": tmp_path / "step-3", **options})
+    assert results[0]["losses"] == pytest.approx(whole[0]["losses"][3:], abs=1e-4)
+    biases = {name: bias for result in results for name, bias in result["buffers"].items()}
+    assert biases.keys() == whole[0]["buffers"].keys() and len(biases) == 4
+    for name, bias in whole[0]["buffers"].items():
+        assert bias.abs().max() > 1e-3
+        assert torch.equal(biases[name], bias), name
 
 
 def test_one_process_continues_in_three_dimensions(corpus: Path, tmp_path: Path) -> None:
