@@ -94,6 +94,14 @@ class FP8Precision(Callback):
         device = trainer.strategy.root_device
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
         emulate = emulates(self.recipe, self.emulate, device.type, capability, rocm=torch.version.hip is not None)
+        # torchao's rowwise tensors cannot be reshaped in inference mode; no_grad does as well.
+        for loop in (
+            trainer.fit_loop.epoch_loop.val_loop,
+            trainer.validate_loop,
+            trainer.test_loop,
+            trainer.predict_loop,
+        ):
+            loop.inference_mode = False
         build = pl_module.configure_model
 
         def configure_model() -> None:
@@ -111,7 +119,7 @@ class FP8Precision(Callback):
             del pl_module.configure_model
             before = getattr(current, _IN_PLACE_OF)
             if before is not None:
-                pl_module.configure_model = before
+                pl_module.configure_model = before  # type: ignore[method-assign]
 
     def _convert(self, trainer: Trainer, pl_module: LightningModule, emulate: bool) -> None:
         model = getattr(pl_module, "model", None)
@@ -315,16 +323,14 @@ def reasons_to_skip(
             return f"a {type(layer).__name__}, not a plain nn.Linear"
         if uses[id(layer.weight)] > 1:
             return "its weight is shared with another layer"
-        inputs, outputs = layer.in_features, layer.out_features
+        inputs, outputs = whole = layer.in_features, layer.out_features
         if style == "row":
             inputs //= tensor_parallel_size
         if style == "column":
             outputs //= tensor_parallel_size
         if inputs % MULTIPLE or outputs % MULTIPLE:
-            whose = (
-                f"a rank's share of tensor_parallel_size={tensor_parallel_size}, " if tensor_parallel_size > 1 else ""
-            )
-            return f"{whose}{inputs} -> {outputs}, is not divisible by {MULTIPLE}"
+            share = f" on each of {tensor_parallel_size} tensor ranks" if (inputs, outputs) != whole else ""
+            return f"{inputs} -> {outputs}{share} is not divisible by {MULTIPLE}"
         return None
 
     return {name: reason(name, layer) for name, layer in linears.items()}
