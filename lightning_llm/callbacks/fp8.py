@@ -206,7 +206,7 @@ def import_torchao() -> ModuleType:
     """`torchao.float8`, imported without what it logs about compiled extensions that float8 training does not use.
 
     Raises:
-        ConfigurationError: It is not installed, or too old.
+        ConfigurationError: It is not installed.
     """
     try:
         with _quiet("torchao", "Failed to load .*_C"), _quiet("torch.utils._pytree", "register_constant"):

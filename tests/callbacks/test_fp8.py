@@ -7,7 +7,7 @@ import math
 import subprocess
 import sys
 import sysconfig
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -591,6 +591,7 @@ def source_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "tokens"
 
 
+@cache
 def loss_on_text(corpus: Path, recipe: Any, steps: int) -> list[float]:
     """The losses of a run in bf16-mixed, with a learning rate at which bfloat16 and float32 agree, too."""
     recorder = Recorder()
