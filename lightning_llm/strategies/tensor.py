@@ -87,7 +87,7 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, plan: ParallelPlan
     styles = _styles(sequence_parallel)
     for name, module in list(model.named_modules()):
         for pattern, style in plan.tensor_parallel.items():
-            if _matches(name, pattern):
+            if matches(name, pattern):
                 parallelize_module(module, mesh, styles[style])
     for owner, copy in plan.tied:
         retie(model, owner, copy)
@@ -125,7 +125,7 @@ def _parent(model: nn.Module, parameter: str) -> nn.Module | None:
     return modules.get(parameter.rpartition(".")[0])
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
     """Like a path: `*` does not cross a dot, so that `layers.*.mlp` is not `layers.0.mlp.gate.mlp`."""
     parts, wanted = name.split("."), pattern.split(".")
     return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
