@@ -29,7 +29,7 @@ from lightning_llm.strategies.tensor import to_plain
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 Microbatch = tuple[Tensor, dict[str, Tensor]]  # what the first stage is called with, and keywords for every stage
-Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]  # size, stride and type of a tensor between stages
+Layout = tuple[torch.Size, torch.dtype]  # of a tensor between stages
 Message = tuple[Sequence[Tensor], Sequence[dist.Work]]  # on its way
 
 MAX_SCHEDULES = 8  # each holds buffers for the messages of a whole batch
@@ -85,9 +85,11 @@ class Pipeline:
                 f"{self.kind.name} has the stages {expected} on pipeline rank {mesh.get_local_rank()} of "
                 f"{self.num_ranks}, not {tuple(self.stages)}."
             )
-        if self.kind.splits_backward:
-            for module in self.stages.values():
-                module.register_forward_hook(lambda _module, _inputs, output: tree_map(_unviewed, output))
+        for stage, module in self.stages.items():
+            if stage > 0:
+                module.register_forward_pre_hook(lambda _module, inputs: tuple(map(_ContiguousGradient.apply, inputs)))
+            if stage < self.num_stages - 1:
+                module.register_forward_hook(lambda _module, _inputs, output: tree_map(_sendable, output))
         self._count: int | None = None
         self._schedules: _Recent[Any] = _Recent(MAX_SCHEDULES)
         self._layouts: _Recent[dict[int, list[Layout]]] = _Recent(MAX_LAYOUTS)
@@ -178,7 +180,7 @@ class Pipeline:
 
     def _loss(self, output: Tensor, target: Tensor) -> Tensor:
         assert self._loss_fn is not None
-        return _unviewed(to_plain(self._loss_fn(output, target)))
+        return _sendable(to_plain(self._loss_fn(output, target)))
 
     # -- evaluation --
 
@@ -208,8 +210,7 @@ class Pipeline:
                         elif stage + 1 in self.stages:
                             arriving[stage + 1, index] = _as_tuple(output, stage), []
                         else:
-                            sent = [tensor.contiguous() for tensor in _as_tuple(output, stage)]
-                            leaving.append(self._post(dist.isend, sent, stage + 1))
+                            leaving.append(self._post(dist.isend, _as_tuple(output, stage), stage + 1))
                     elif stage + 1 in self.stages:
                         buffers = self._buffers(layouts[index][stage + 1])
                         arriving[stage + 1, index] = self._post(dist.irecv, buffers, stage)
@@ -247,16 +248,16 @@ class Pipeline:
         with torch.no_grad(), _without_a_trace(self.stages.values(), self.device):
             for stage in range(self.num_stages):
                 if stage in self.stages:
-                    layouts[stage] = [_layout(tensor) for tensor in hidden]
+                    layouts[stage] = [(tensor.shape, tensor.dtype) for tensor in hidden]
                     output = self.stages[stage](*hidden, **keywords)
                     hidden = _as_tuple(output, stage, may_be_split=stage == self.num_stages - 1)
-                    layouts[stage + 1] = [_layout(tensor) for tensor in hidden]
+                    layouts[stage + 1] = [(tensor.shape, tensor.dtype) for tensor in hidden]
                     if stage + 1 < self.num_stages and stage + 1 not in self.stages:
                         receiver = self.kind.rank_of(stage + 1, self.num_ranks)
                         dist.send_object_list(
                             [layouts[stage + 1]], group=self.group, device=self.device, group_dst=receiver
                         )
-                        _wait(self._post(dist.isend, [tensor.contiguous() for tensor in hidden], stage + 1))
+                        _wait(self._post(dist.isend, hidden, stage + 1))
                 elif stage + 1 in self.stages:
                     announced: list[Any] = [None]
                     sender = self.kind.rank_of(stage, self.num_ranks)
@@ -266,7 +267,7 @@ class Pipeline:
         return layouts
 
     def _buffers(self, layouts: list[Layout]) -> list[Tensor]:
-        return [torch.empty(size, dtype=dtype, device=self.device) for size, _, dtype in layouts]
+        return [torch.empty(size, dtype=dtype, device=self.device) for size, dtype in layouts]
 
     def _reshard(self) -> None:
         """Frees the parameters that FSDP has gathered; without a backward nothing else would.
@@ -348,9 +349,24 @@ def _fill_up(
     return repeat_last(inputs), torch.cat([targets, ignored]), filled
 
 
-def _unviewed(tensor: Any) -> Any:
-    """The tensor, or a copy of a view: where the backward is split, torch detaches what stages return in place."""
-    return tensor.clone() if isinstance(tensor, Tensor) and tensor._is_view() else tensor
+class _ContiguousGradient(torch.autograd.Function):
+    """The identity. Its gradient is sent to the stage before, which takes contiguous tensors only."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:  # noqa: D102
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]  # noqa: D102
+        return gradient.contiguous()
+
+
+def _sendable(tensor: Any) -> Any:
+    """A contiguous tensor that is no view: messages need the one, and schedules that split the backward the other,
+    since torch then detaches in place what a stage returns."""
+    if not isinstance(tensor, Tensor):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format) if tensor._is_view() else tensor.contiguous()
 
 
 def _wait(message: Message) -> Sequence[Tensor]:
@@ -372,14 +388,9 @@ def _as_tuple(output: Any, stage: int, *, may_be_split: bool = False) -> tuple[T
     return tuple(tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in outputs)
 
 
-def _layout(tensor: Tensor) -> Layout:
-    return tensor.shape, tensor.stride(), tensor.dtype
-
-
 def _example(layout: Layout, with_gradient: bool) -> Tensor:
-    size, stride, dtype = layout
-    needs = with_gradient and dtype.is_floating_point
-    return torch.empty_strided(size, stride, dtype=dtype, device="meta", requires_grad=needs)
+    size, dtype = layout
+    return torch.empty(size, dtype=dtype, device="meta", requires_grad=with_gradient and dtype.is_floating_point)
 
 
 @contextmanager
