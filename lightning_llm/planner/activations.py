@@ -91,7 +91,7 @@ def block_bytes(shape: Shape, unit: Unit, layout: Layout, workload: Workload) ->
     norms = 2 * hidden / split
     gathered = 2 * hidden
     attention = 2 * heads + 2 * kv + (heads + kv if shape.qk_norm else 0)
-    float32 = shape.heads / tensor + 2 / split + (2 * (shape.heads + shape.kv_heads) / tensor if shape.qk_norm else 0)
+    float32 = shape.heads / tensor + 2 / split + ((shape.heads + shape.kv_heads) / tensor if shape.qk_norm else 0)
     feed_forward = 4 * inner
     # What a selective policy keeps: outputs of q, k, v, o, gate, up, down; a row-parallel product is whole until it is
     # reduced. Attention's output and log-sum-exp too. Everything else follows from these and the block's input.

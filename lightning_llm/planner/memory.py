@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import NamedTuple
 
-from lightning_llm.planner.activations import block_bytes, blocks_of, logits_bytes
+from lightning_llm.planner.activations import LogitsBytes, block_bytes, blocks_of, logits_bytes
 from lightning_llm.planner.layout import Layout, Workload
 from lightning_llm.planner.shape import Shape, Stage, Unit, cut_stages, even_layers
 from lightning_llm.planner.timeline import Moment, moments, stages_of
@@ -75,7 +76,8 @@ class StageBytes:
         stored: Elements that the rank stores.
         whole: Elements while gathered; of these `whole_experts` in experts, which are shared out differently.
         parameters, optimizer: See `Memory`.
-        gathered: All its parameters, whole, in the computation's dtype; 0 where what is stored is computed with.
+        gathered_at_once: Parameters that are whole at a time, in the computation's dtype; 0 where what is stored is
+            computed with.
         whole_gradients, sharded_gradients: Before and after their reduction.
         per_microbatch: Activations of one microbatch in flight.
         working_forward, working_backward: One block's temporaries.
@@ -88,7 +90,7 @@ class StageBytes:
     whole_experts: int
     parameters: float
     optimizer: float
-    gathered: float
+    gathered_at_once: float
     whole_gradients: float
     sharded_gradients: float
     per_microbatch: float
@@ -105,29 +107,25 @@ def stages_in(shape: Shape, layout: Layout) -> tuple[Stage, ...]:
 
 def memory_of_rank(shape: Shape, layout: Layout, workload: Workload, pipeline_rank: int) -> Memory:
     """The peak of one pipeline rank (its fullest data rank, the first)."""
-    pipelined = layout.pipeline_parallel_size > 1
+    schedule, ranks, virtual = layout.pipeline_schedule, layout.pipeline_parallel_size, layout.stages_per_rank
     all_stages = stages_in(shape, layout)
-    mine = stages_of(layout.pipeline_schedule, pipeline_rank, layout.pipeline_parallel_size, layout.stages_per_rank)
-    stages = [all_stages[index] for index in mine]
+    stages = [all_stages[index] for index in stages_of(schedule, pipeline_rank, ranks, virtual)]
     costs = [stage_bytes(shape, stage, layout, workload) for stage in stages]
-    fixed = {
-        "parameters": sum(cost.parameters for cost in costs),
-        "optimizer": sum(cost.optimizer for cost in costs),
-    }
-    candidates = [
-        Memory(**fixed, gradients=sum(_gradients(cost, 2) for cost in costs))  # the optimizer's step
-    ]
-    for moment in moments(
-        layout.pipeline_schedule,
-        pipeline_rank,
-        layout.pipeline_parallel_size,
-        layout.stages_per_rank,
-        layout.microbatches,
-    ):
-        candidates.append(_at(moment, shape, stages, costs, layout, workload, fixed, pipelined))
-    peak = max(candidates, key=lambda memory: memory.total)
-    moving = peak.total - peak.parameters - peak.optimizer
-    return Memory(**{**peak.parts(), "allocator": ALLOCATOR_OVERHEAD * moving, "context": CONTEXT_BYTES})
+    logits = logits_bytes(shape, layout, workload) if stages[-1].is_last else None
+    receive = sum(cost.receive for cost in costs)
+    at_step = Moving(gradients=sum(cost.sharded_gradients for cost in costs))  # while the optimizer works
+    peak, most = at_step, sum(at_step)
+    for moment in moments(schedule, pipeline_rank, ranks, virtual, layout.microbatches):
+        moving = _at(moment, costs, logits, receive, pipelined=ranks > 1)
+        if (total := sum(moving)) > most:
+            peak, most = moving, total
+    return Memory(
+        parameters=sum(cost.parameters for cost in costs),
+        optimizer=sum(cost.optimizer for cost in costs),
+        **peak._asdict(),
+        allocator=ALLOCATOR_OVERHEAD * most,
+        context=CONTEXT_BYTES,
+    )
 
 
 def worst_memory(
@@ -146,60 +144,43 @@ def worst_memory(
     return worst, memories[worst]
 
 
+class Moving(NamedTuple):
+    """The parts of `Memory` that come and go within a step."""
+
+    gathered_parameters: float = 0.0
+    gradients: float = 0.0
+    activations: float = 0.0
+    working_set: float = 0.0
+    logits: float = 0.0
+    communication: float = 0.0
+
+
 def _at(
-    moment: Moment,
-    shape: Shape,
-    stages: list[Stage],
-    costs: list[StageBytes],
-    layout: Layout,
-    workload: Workload,
-    fixed: dict[str, float],
-    pipelined: bool,
-) -> Memory:
-    """What is alive at one moment."""
-    stage, cost = stages[moment.active], costs[moment.active]
-    activations = sum(held.in_flight * c.per_microbatch for held, c in zip(moment.held, costs, strict=True))
-    if pipelined:
-        gathered = sum(c.gathered for held, c in zip(moment.held, costs, strict=True) if held.gathered)
-        gradients = sum(_gradients(c, held.gradients) for held, c in zip(moment.held, costs, strict=True))
-    else:
-        gathered = _gathered_without_pipeline(stage, cost, layout, workload)
-        # Lightning empties the gradients of a step after the next forward, so they are there all the time.
-        gradients = _gradients(cost, 2)
-    logits, working = 0.0, cost.working_forward if moment.kind == "F" else cost.working_backward
-    if stages[-1].is_last:
-        parts = logits_bytes(shape, layout, workload)
-        output = parts.output if pipelined else 0.0  # without a pipeline nobody holds the logits once there is a loss
-        logits = moment.held[-1].in_flight * (output + parts.loss)
-        if moment.active == len(stages) - 1 and moment.held[-1].in_flight:
+    moment: Moment, costs: list[StageBytes], loss: LogitsBytes | None, receive: float, *, pipelined: bool
+) -> Moving:
+    """What is alive at one moment; `loss` on the rank of the last stage."""
+    gathered = gradients = activations = 0.0
+    for held, cost in zip(moment.held, costs, strict=True):
+        activations += held.in_flight * cost.per_microbatch
+        if not pipelined:
+            # Lightning empties the gradients of a step after the next forward, so they are there all the time.
+            gathered += cost.gathered_at_once
+            gradients += cost.sharded_gradients
+            continue
+        if held.gathered:
+            gathered += cost.gathered_at_once
+        if held.gradients:
+            gradients += cost.whole_gradients if held.gradients == 1 else cost.sharded_gradients
+    cost, logits = costs[moment.active], 0.0
+    working = {"F": cost.working_forward, "B": cost.working_backward, "R": 0.0}[moment.kind]
+    if loss is not None and (in_flight := moment.held[-1].in_flight):
+        output = loss.output if pipelined else 0.0  # without a pipeline nobody holds the logits once there is a loss
+        logits = in_flight * (output + loss.loss)
+        if moment.active == len(costs) - 1:
             # First the loss and its gradient, then the blocks: the loss's part is gone by then.
-            at_loss, at_blocks = logits + parts.transient, logits - parts.loss + working
-            logits, working = (at_loss, 0.0) if at_loss > at_blocks else (logits - parts.loss, working)
-    if moment.kind == "R":
-        working = 0.0
-    return Memory(
-        **fixed,
-        gathered_parameters=gathered,
-        gradients=gradients,
-        activations=activations,
-        working_set=working,
-        logits=logits,
-        communication=cost.staging + sum(c.receive for c in costs),
-    )
-
-
-def _gradients(cost: StageBytes, state: int) -> float:
-    return (0.0, cost.whole_gradients, cost.sharded_gradients)[state]
-
-
-def _gathered_without_pipeline(stage: Stage, cost: StageBytes, layout: Layout, workload: Workload) -> float:
-    """ZeRO-3 has the root's unit and two blocks whole at a time: the one at work and the one that is prefetched."""
-    if layout.zero_stage < 3 or not cost.gathered:
-        return cost.gathered
-    tensor, expert = layout.tensor_parallel_size, layout.expert_parallel_size
-    largest = max((_gathered(kind.unit, tensor, expert) for kind in blocks_of(stage, layout.recompute)), default=0)
-    two_blocks = min(2, len(stage.layers)) * largest
-    return workload.compute_bytes * (_gathered(stage.root, tensor, expert) + two_blocks)
+            at_loss, at_blocks = logits + loss.transient, logits - loss.loss + working
+            logits, working = (at_loss, 0.0) if at_loss > at_blocks else (logits - loss.loss, working)
+    return Moving(gathered, gradients, activations, working, logits, cost.staging + receive)
 
 
 @lru_cache(maxsize=4096)
@@ -241,6 +222,11 @@ def stage_bytes(shape: Shape, stage: Stage, layout: Layout, workload: Workload) 
     )  # each microbatch, or once at the end of a pipeline's step
     blocks = [(kind, block_bytes(shape, kind.unit, layout, workload)) for kind in kinds]
     largest = max(_gathered(unit, tensor, expert) for _, unit in units)
+    at_once = whole
+    if layout.zero_stage == 3 and communicates and not pipelined:
+        block = max((_gathered(kind.unit, tensor, expert) for kind in kinds), default=0)
+        # The root's unit, the block at work and the one that is gathered ahead.
+        at_once = _gathered(stage.root, tensor, expert) + min(2, len(stage.layers)) * block
     # A gather is copied out of a flat buffer; a reduction takes the unit's gradient in the computation's dtype and a
     # flat copy of it in the reduction's dtype.
     staging = largest * max(e, (0 if pipelined else e) + p) if communicates else 0
@@ -258,7 +244,7 @@ def stage_bytes(shape: Shape, stage: Stage, layout: Layout, workload: Workload) 
         whole_experts=sum(k.number * k.unit.experts // expert for k in kinds),
         parameters=p * stored,
         optimizer=p * states,
-        gathered=e * whole if has_copies else 0.0,
+        gathered_at_once=e * at_once if has_copies else 0.0,
         whole_gradients=whole_gradients,
         sharded_gradients=p * stored if reduces_at_once else whole_gradients,
         per_microbatch=max(0.0, per_microbatch),

@@ -163,6 +163,7 @@ def plan(
     devices: int,
     device: str = "h100",
     *,
+    name: str | None = None,
     seq_len: int | None = None,
     global_batch: int | None = None,
     precision: str = "bf16-mixed",
@@ -179,6 +180,7 @@ def plan(
         model: A preset's name or a configuration.
         devices: How many.
         device: A row of `devices.DEVICES`.
+        name: What the plan calls a model that is given as a configuration.
         seq_len: Tokens per sequence; by default 8,192, or what the model is meant for if that is less.
         global_batch: Sequences per optimizer step; by default what Llama 3 was trained with, 1, 4 or 16 million tokens
             by the model's size, and at least one sequence per eight devices.
@@ -193,9 +195,8 @@ def plan(
     Raises:
         ConfigurationError: Unknown names, or nothing fits: then with the closest miss and what would help.
     """
-    config, name = (
-        (model, model.model_type) if isinstance(model, DecoderConfig) else (DecoderConfig.preset(model), model)
-    )
+    config = model if isinstance(model, DecoderConfig) else DecoderConfig.preset(model)
+    name = name or (config.model_type if isinstance(model, DecoderConfig) else model)
     if devices < 1:
         raise ConfigurationError(f"devices={devices} must be at least 1.")
     row = device_of(device)

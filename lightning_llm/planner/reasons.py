@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lightning_llm.planner.estimate import Cluster, estimate
 from lightning_llm.planner.layout import Layout, Workload
 from lightning_llm.planner.memory import GIB, worst_memory
-from lightning_llm.planner.search import Found
+from lightning_llm.planner.search import Found, states_over_memory
 from lightning_llm.planner.shape import Shape
-
-STATE_BYTES = 16  # of a parameter in mixed precision: itself, gradient and two optimizer states, float32 each
 
 
 def reasons(found: Found, shape: Shape, workload: Workload, cluster: Cluster) -> tuple[str, ...]:
     """Why the first is first, a sentence each."""
     layout, result = found.layout, found.estimate
-    fastest = found.fastest[1].step_seconds
     lines = []
-    if result.step_seconds <= fastest:
+    if found.rule == "fastest":
         lines.append(
             f"It is the fastest of the {found.fitting:,} layouts that fit, of {found.considered:,} considered."
         )
     else:
-        slower = result.step_seconds / fastest - 1
-        which = "is the matrix' own" if found.in_row and found.in_row[0] == layout else "has fewer axes"
+        slower = result.step_seconds / found.fastest[1].step_seconds - 1
         lines.append(
-            f"It is {slower:.0%} slower than the fastest of {found.fitting:,} that fit ({found.fastest[0].describe()}), "
-            f"which is less than such estimates can tell apart, and {which}."
+            f"The fastest of {found.fitting:,} that fit ({found.fastest[0].describe()}) is {slower:.0%} faster; "
+            + {
+                "tree": "but the model fits a device, and data parallelism alone is the simplest to run.",
+                "matrix": "that is less than such estimates can tell apart, and this is the matrix' own layout.",
+                "simpler": "that is next to nothing, and this layout needs fewer axes.",
+            }[found.rule]
         )
     lines.append(
         f"The fullest rank needs {result.memory.total / GIB:.1f} of {cluster.memory / GIB:.1f} GiB"
@@ -67,7 +69,7 @@ def _from_matrix(found: Found) -> list[str]:
 
 def tree_advice(shape: Shape, cluster: Cluster) -> tuple[float, str]:
     """How many times over a device's memory the model's states are, and what the decision tree says then."""
-    over = shape.num_parameters * STATE_BYTES / cluster.memory
+    over = states_over_memory(shape, cluster)
     if over <= 1:
         return over, "data parallelism with ZeRO-1"
     if over <= 4:
@@ -90,11 +92,6 @@ def _from_tree(layout: Layout, shape: Shape, workload: Workload, cluster: Cluste
             f"The tree says {advice} for a model {over:.1f}x over a device: sharded over {cluster.count} devices its "
             "activations fit without recomputation."
         )
-    elif over > 10:
-        lines.append(
-            f"The tree says {advice} for a model {over:.0f}x over a device: {cluster.count} devices share it, which "
-            "needs no offload."
-        )
     if 1 < over <= 4 and layout.zero_stage == 3 and layout.pipeline_parallel_size == 1:
         lines.append("ZeRO-3 instead of ZeRO-2: whole parameters of all layers at once would not leave room for more.")
     return lines
@@ -103,7 +100,7 @@ def _from_tree(layout: Layout, shape: Shape, workload: Workload, cluster: Cluste
 def _pipeline_reason(layout: Layout, bubble: float, shape: Shape, workload: Workload, cluster: Cluster) -> str:
     text = f"The pipeline of {layout.pipeline_parallel_size} idles {bubble:.1%} of the time"
     if layout.stages_per_rank > 1:
-        plain = _changed(layout, pipeline_schedule="1F1B", stages_per_rank=1)
+        plain = replace(layout, pipeline_schedule="1F1B", stages_per_rank=1)
         other = estimate(shape, plain, workload, cluster)
         return f"{text} with {layout.stages_per_rank} stages a rank; 1F1B with one would idle {other.bubble:.1%}."
     return f"{text} with {layout.microbatches} microbatches."
@@ -113,14 +110,10 @@ def _recompute_reason(layout: Layout, shape: Shape, workload: Workload, cluster:
     lighter = {"selective": "none", "full": "selective"}.get(str(layout.recompute))
     if lighter is None:
         return []
-    _, memory = worst_memory(shape, _changed(layout, recompute=lighter), workload)
+    _, memory = worst_memory(shape, replace(layout, recompute=lighter), workload)
     if memory.total <= cluster.memory:
         return []
     return [
-        f"Recomputation is {layout.recompute}, since {lighter} would need {memory.total / GIB:.0f} GiB with microbatches "
-        f"of {layout.microbatch_size}."
+        f"Recomputation is {layout.recompute}, since {lighter} would need {memory.total / GIB:.0f} GiB with "
+        f"microbatches of {layout.microbatch_size}."
     ]
-
-
-def _changed(layout: Layout, **changes: object) -> Layout:
-    return Layout(**{**vars(layout), **changes})  # type: ignore[arg-type]

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.planner.estimate import Cluster, Estimate, estimate, quick_step_seconds
@@ -18,9 +19,10 @@ from lightning_llm.planner.timeline import LOOPED, refusal
 # matrix' own layout is taken unless another one is faster by more than this; below that, practice is the better judge.
 TOLERANCE = 0.15
 SIMPLER = 0.02  # what an axis less may cost
-SHORTLIST = 24  # layouts that are simulated exactly
+SHORTLIST = 16  # layouts that are simulated exactly
 LONG_CONTEXT = 32768  # tokens from which a sequence may be shared by several ranks
 MAX_PIPELINE = 32
+STATE_BYTES = 16  # of a parameter: itself, gradient and two optimizer states, float32 each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +101,8 @@ class Found:
 
     Attributes:
         layout, estimate: The choice.
+        rule: Why it is: "fastest", "tree" (the model fits a device: data parallelism), "matrix" (its own, as fast as
+            an estimate can tell) or "simpler" (as fast with fewer axes).
         runner_ups: Next best ones of other sizes, with their estimates.
         considered: How many layouts were looked at.
         fitting: How many of them fit into memory.
@@ -109,6 +113,7 @@ class Found:
 
     layout: Layout
     estimate: Estimate
+    rule: str
     runner_ups: tuple[tuple[Layout, Estimate], ...]
     considered: int
     fitting: int
@@ -141,7 +146,7 @@ def candidates(
                 for replicate in _replicate_sizes(data, tensor * context, cluster, options):
                     foldable = data // replicate * context * tensor
                     for expert in _expert_sizes(shape, foldable, options):
-                        sizes = {
+                        sizes: dict[str, Any] = {
                             "tensor_parallel_size": tensor,
                             "context_parallel_size": context,
                             "pipeline_parallel_size": pipeline,
@@ -154,7 +159,7 @@ def candidates(
                             yield layout
 
 
-def _ways(shape: Shape, sizes: dict[str, int], local_batch: int, options: Options) -> Iterator[Layout]:
+def _ways(shape: Shape, sizes: dict[str, Any], local_batch: int, options: Options) -> Iterator[Layout]:
     """The ways to run one set of sizes: schedule, microbatches, recomputation, ZeRO stage."""
     pipeline = sizes["pipeline_parallel_size"]
     schedules: list[tuple[str, int]] = [("1F1B", 1)]
@@ -210,30 +215,52 @@ def search(
     exact = _exact(shape, cluster, workload, fitting, row)
     if not exact:
         raise ConfigurationError(_nothing_fits(shape, cluster, workload, closest[1]))
-    fastest = min(result.step_seconds for _, result in exact)
     in_row = [pair for pair in exact if matrix_distance(row, shape, pair[0]) == 0]
-    best_in_row = min(in_row, key=lambda pair: pair[1].step_seconds, default=None)
-    if best_in_row is not None and best_in_row[1].step_seconds <= fastest * (1 + TOLERANCE):
-        layout, result = best_in_row
-    else:
-        near = [pair for pair in exact if pair[1].step_seconds <= fastest * (1 + SIMPLER)]
-        layout, result = min(near, key=lambda pair: (_axes(pair[0]), pair[1].step_seconds))
+    best_in_row = min(in_row, key=_step, default=None)
+    fastest = min(exact, key=_step)
+    choice, rule = _choose(shape, cluster, exact, best_in_row, fastest)
     return Found(
-        layout=layout,
-        estimate=result,
-        runner_ups=_runner_ups(layout, exact),
+        layout=choice[0],
+        estimate=choice[1],
+        rule=rule,
+        runner_ups=_runner_ups(choice[0], exact),
         considered=count.considered,
         fitting=len(fitting),
         row=row,
         in_row=best_in_row,
-        fastest=min(exact, key=lambda pair: pair[1].step_seconds),
+        fastest=fastest,
     )
+
+
+Pair = tuple[Layout, Estimate]
+
+
+def _step(pair: Pair) -> float:
+    return pair[1].step_seconds
+
+
+def states_over_memory(shape: Shape, cluster: Cluster) -> float:
+    """How many times over a device's memory parameters, gradients and optimizer states are, 16 bytes a parameter."""
+    return shape.num_parameters * STATE_BYTES / cluster.memory
+
+
+def _choose(shape: Shape, cluster: Cluster, exact: list[Pair], in_row: Pair | None, fastest: Pair) -> tuple[Pair, str]:
+    """The layout to take, and by which rule."""
+    data_only = [pair for pair in exact if pair[0].world_size == pair[0].data_parallel_size]
+    if states_over_memory(shape, cluster) <= 1 and data_only:
+        best = min(data_only, key=_step)
+        return best, "fastest" if best == fastest else "tree"
+    if in_row is not None and _step(in_row) <= _step(fastest) * (1 + TOLERANCE):
+        return in_row, "fastest" if in_row == fastest else "matrix"
+    near = [pair for pair in exact if _step(pair) <= _step(fastest) * (1 + SIMPLER)]
+    best = min(near, key=lambda pair: (_axes(pair[0]), _step(pair)))
+    return best, "fastest" if best == fastest else "simpler"
 
 
 def _exact(
     shape: Shape, cluster: Cluster, workload: Workload, fitting: list[tuple[float, Layout]], row: Row
 ) -> list[tuple[Layout, Estimate]]:
-    """The fastest layouts, of each set of sizes the best ones, and the matrix' own, simulated and weighed on every rank."""
+    """The fastest layouts, the best of each set of sizes, and the matrix' own, simulated and weighed on every rank."""
     fitting.sort(key=lambda pair: pair[0])
     taken: dict[tuple[int, ...], int] = {}
     chosen: list[Layout] = []
@@ -255,7 +282,7 @@ def _axes(layout: Layout) -> int:
 def _runner_ups(chosen: Layout, exact: list[tuple[Layout, Estimate]]) -> tuple[tuple[Layout, Estimate], ...]:
     """The fastest of other sizes, one a set of sizes."""
     others: dict[tuple[int, ...], tuple[Layout, Estimate]] = {}
-    for layout, result in sorted(exact, key=lambda pair: pair[1].step_seconds):
+    for layout, result in sorted(exact, key=_step):
         key = tuple(layout.sizes().values())
         if key != tuple(chosen.sizes().values()):
             others.setdefault(key, (layout, result))
@@ -369,25 +396,26 @@ def _nothing_fits(shape: Shape, cluster: Cluster, workload: Workload, closest: L
     parts = sorted(memory.parts().items(), key=lambda part: -part[1])[:3]
     largest = ", ".join(f"{name.replace('_', ' ')} {size / GIB:.1f}" for name, size in parts)
     fixed = memory.parameters + memory.optimizer
-    advice = [f"more devices (at least {_more_devices(cluster.count, ratio, fixed / memory.total)})"]
+    advice = [_more_devices(shape, cluster, workload, closest)]
     if fixed > cluster.memory / 3:
         advice.append("optimizer states offloaded to the host")
     if workload.precision == "bf16-mixed":
         advice.append("precision bf16-true")
+    if memory.activations > cluster.memory / 3 and closest.recompute != "full":
+        advice.append("recompute: full")
     if memory.activations + memory.logits > cluster.memory / 3:
-        advice.append(
-            "shorter sequences, or context parallelism" if closest.microbatch_size == 1 else "microbatches of 1"
-        )
+        advice.append("shorter sequences" if closest.microbatch_size == 1 else "microbatches of 1")
     return (
         f"{shape.num_parameters / 1e9:.1f}B parameters do not fit on {cluster.count} x {cluster.device.name} with "
         f"{cluster.memory / GIB:.0f} GiB: the closest layout ({closest.describe()}) needs {ratio:.1f}x the memory, "
-        f"{memory.total / GIB:.1f} GiB a device ({largest} GiB). What helps: {'; '.join(advice)}."
+        f"{memory.total / GIB:.1f} GiB a device ({largest} GiB). What helps: {'; '.join(filter(None, advice))}."
     )
 
 
-def _more_devices(count: int, ratio: float, sharded: float) -> int:
-    """The next doubling at which what is sharded has shrunk enough, or at least twice as many."""
-    factor = 2
-    while ratio * (sharded / factor + 1 - sharded) > 1 and factor < 1024:
-        factor *= 2
-    return count * (factor if ratio * (sharded / factor + 1 - sharded) <= 1 else 2)
+def _more_devices(shape: Shape, cluster: Cluster, workload: Workload, closest: Layout) -> str:
+    """How many devices the closest layout would fit on, if more data ranks alone make it fit."""
+    for factor in (2**n for n in range(1, 11)):
+        wider = replace(closest, data_parallel_size=closest.data_parallel_size * factor, replicate_size=1)
+        if worst_memory(shape, wider, workload)[1].total <= cluster.memory:
+            return f"more devices ({cluster.count * factor} would do)"
+    return ""

@@ -38,7 +38,7 @@ class Weight(NamedTuple):
 
     @property
     def is_expert(self) -> bool:
-        """Whether it is a stack `[experts, ...]`, which expert parallelism shares out and tensor parallelism does not."""
+        """Whether it is a stack `[experts, ...]`, which expert parallelism shares out and tensor does not."""
         return ".experts." in f".{self.name}"
 
     @property
@@ -155,7 +155,7 @@ class Shape:
         return max(sizes_of(unit).experts for unit in self.layers)
 
     def head(self, stages: int) -> Unit:
-        """Final norm and output layer as their stage holds them: a pipeline's last stage has its own copy of a tied one."""
+        """Final norm and output layer; the last of several stages has its own copy of a tied one."""
         if not self.tied or stages == 1:
             return self.final
         return Unit((*self.final.weights, *(Weight("lm_head.weight", w.shape) for w in self.embedding.weights)))
@@ -188,6 +188,7 @@ def _unit(weights: tuple[Weight, ...]) -> Unit:
     return Unit(weights)
 
 
+@lru_cache(maxsize=1024)
 def even_layers(num_layers: int, num_stages: int) -> tuple[int, ...]:
     """Blocks per stage: sizes differ by at most one, and the outer stages are the smaller ones, for they have the
     embedding and the output layer too (as strategies cut them).

@@ -1,4 +1,4 @@
-"""`choose_sizes`: tensor and pipeline sizes for a run whose other settings are fixed. Cheap, for a strategy's "auto"."""
+"""`choose_sizes`: tensor and pipeline sizes for a run whose other settings are fixed, for a strategy's "auto"."""
 
 from __future__ import annotations
 

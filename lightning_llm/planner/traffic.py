@@ -16,9 +16,9 @@ from lightning_llm.planner.memory import stage_bytes
 from lightning_llm.planner.shape import Shape, Stage, Unit, sizes_of
 
 LINK_EFFICIENCY = 0.8  # of a link's data-sheet bandwidth that large collectives reach
-NODE_HOP, NETWORK_HOP = 1.5e-6, 10e-6  # seconds that a message needs to a neighbour: what a ring of n waits n-1 times
-# What is hidden behind compute is not free: the channels of a collective occupy up to 32 of an H100's 132 multiprocessors
-# while it runs (NCCL_MAX_CTAS), and memory bandwidth with them.
+NODE_HOP, NETWORK_HOP = 1.5e-6, 10e-6  # seconds of a message to a neighbour: a ring of n waits n-1 times
+# What is hidden behind compute is not free: the channels of a collective occupy up to 32 of an H100's 132
+# multiprocessors while it runs (NCCL_MAX_CTAS), and memory bandwidth with them.
 OVERLAP_COST = 0.2
 AXES = ("tp", "cp", "ep", "fsdp", "replicate", "pp")
 
