@@ -385,7 +385,7 @@ def _nothing_valid(shape: Shape, cluster: Cluster, workload: Workload, global_ba
     return (
         f"No layout of {cluster.count} devices{' with ' + asked if asked else ''} divides a global batch of "
         f"{global_batch} sequences into microbatches that a pipeline can run. Choose a global batch that is a multiple "
-        f"of the data ranks, for example {math.lcm(cluster.count // fixed, global_batch)}."
+        f"of the data ranks, for example {math.lcm(cluster.count, global_batch)}."
     )
 
 
