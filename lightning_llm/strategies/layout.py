@@ -48,10 +48,17 @@ class Layout:
                 f"pipeline_schedule={self.schedule.name!r} computes the gradients of weights apart from the others, "
                 "which compiled blocks do not offer. Set compile to false, or use the schedule 'Interleaved1F1B'."
             )
+        if self.recompute == "selective" and self.schedule.splits_backward:
+            raise ConfigurationError(
+                f"pipeline_schedule={self.schedule.name!r} goes backward twice through a block, which "
+                "recompute='selective' does not allow. Set recompute to 'full' or 'none', or use the schedule "
+                "'Interleaved1F1B'."
+            )
         if self.recompute != "none" and self.schedule.splits_backward:
             rank_zero_warn(
-                f"recompute={self.recompute!r} with pipeline_schedule={self.schedule.name!r} is slow: each half of its "
-                "backward recomputes the block. Consider recompute='none', or the schedule 'Interleaved1F1B'."
+                f"recompute={self.recompute!r} with pipeline_schedule={self.schedule.name!r} is slow: a block is run "
+                "3 to 11 times instead of twice, since each part of its backward recomputes it. Consider "
+                "recompute='none', or the schedule 'Interleaved1F1B'."
             )
         if self.context_parallel_method not in CONTEXT_METHODS:
             raise ConfigurationError(

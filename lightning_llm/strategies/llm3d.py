@@ -20,6 +20,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
@@ -452,6 +453,9 @@ class LLM3DStrategy(ProcessGrid):
         """Loads weights and optimizer states in place, whatever layout they were saved in; returns the rest."""
         assert self.lightning_module is not None
         path = Path(self.broadcast(checkpoint_path))
+        for module in self.lightning_module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # weights that an evaluation has left gathered would hide what is loaded
         fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING  # validation must not touch optimizers
         optimizers = self.optimizers if fitting else []
         return checkpoint_format.load(path, self.lightning_module, optimizers, self._aliases())
