@@ -35,6 +35,7 @@ class Layout:
     recompute: Recompute = "none"
     compile: bool = False
     offload_parameters: Literal["cpu"] | None = None
+    offload_optimizer: Literal["cpu"] | None = None
 
     def __post_init__(self) -> None:
         if self.zero_stage not in get_args(ZeroStage):
@@ -69,6 +70,11 @@ class Layout:
         if self.offload_parameters not in (None, "cpu"):
             raise ConfigurationError(
                 f"offload_parameters={self.offload_parameters!r} must be 'cpu' or None. NVMe needs DeepSpeed's engine."
+            )
+        if self.offload_optimizer is not None and self.offload_optimizer != self.offload_parameters:
+            raise ConfigurationError(
+                f"offload_optimizer={self.offload_optimizer!r}: FSDP keeps optimizer states where the parameters are. "
+                "Set offload_parameters to 'cpu', which offloads both; states alone need DeepSpeed's engine."
             )
 
     @property

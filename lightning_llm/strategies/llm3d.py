@@ -80,7 +80,9 @@ class LLM3DStrategy(ProcessGrid):
         context_parallel_method: "allgather", "ulysses" or "ring"; see `ContextParallel`.
         recompute: "none", "selective", "full", n (every n-th block), or a memory budget below 1; see `apply_recompute`.
         compile: Compile each block with `torch.compile`.
-        offload_parameters: "cpu" keeps shards of parameters, gradients and optimizer states in host memory.
+        offload_parameters: "cpu" keeps shards of parameters, gradients and optimizer states in host memory, and updates
+            them there.
+        offload_optimizer: "cpu" is what `offload_parameters` implies; states alone cannot be offloaded.
         process_group_backend: "nccl", "gloo", ...; None chooses by device.
         timeout: Of collectives.
 
@@ -106,6 +108,7 @@ class LLM3DStrategy(ProcessGrid):
         recompute: Recompute = "none",
         compile: bool = False,
         offload_parameters: Literal["cpu"] | None = None,
+        offload_optimizer: Literal["cpu"] | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta = default_pg_timeout,
     ) -> None:
@@ -129,6 +132,7 @@ class LLM3DStrategy(ProcessGrid):
                 recompute=recompute,
                 compile=compile,
                 offload_parameters=offload_parameters,
+                offload_optimizer=offload_optimizer,
             ),
             process_group_backend=process_group_backend,
             timeout=timeout,

@@ -24,6 +24,7 @@ from lightning_llm.strategies.recompute import check_recompute
         ({"recompute": "some"}, r"recompute='some' must be 'none', 'selective', 'full', a whole number"),
         ({"recompute": 0.5}, r"a memory budget, which torch's compiler keeps: set compile to true"),
         ({"offload_parameters": "nvme"}, r"must be 'cpu' or None"),
+        ({"offload_optimizer": "cpu"}, r"Set offload_parameters to 'cpu', which offloads both"),
         ({"pipeline_schedule": "2F2B"}, r"no pipeline schedule '2F2B'.*GPipe, 1F1B, Interleaved1F1B"),
         ({"pipeline_schedule": "1F1B", "pipeline_stages_per_rank": 2}, r"one stage on each rank.*Set it to 1"),
         ({"pipeline_schedule": "DualPipeV", "pipeline_stages_per_rank": 3}, r"exactly 2 on each rank"),
