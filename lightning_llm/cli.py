@@ -155,8 +155,100 @@ def doctor(*, json: bool = False) -> int:
     return int(any(finding.status == "problem" for finding in findings))
 
 
+def plan(
+    *,
+    model: str | None = None,
+    devices: int | None = None,
+    device: str = "h100",
+    seq_len: int | None = None,
+    global_batch: int | None = None,
+    precision: str = "bf16-mixed",
+    optimizer: str = "adamw",
+    float8: bool = False,
+    devices_per_node: int | None = None,
+    memory_gib: float | None = None,
+    tensor: int | None = None,
+    pipeline: int | None = None,
+    context: int | None = None,
+    expert: int | None = None,
+    config: str | None = None,
+    dry_run: bool = False,
+    json: bool = False,
+    plot: str | None = None,
+) -> int:
+    """Choose parallel sizes for a model and a cluster, or weigh those of a run file.
+
+    Args:
+        model: A preset such as llama3-70b, or a Hugging Face folder.
+        devices: How many in all.
+        device: A row of the device table: h100, h200, a100-80g, a100-40g, b200, l40s, 4090, mi300x, cpu, ...
+        seq_len: Tokens per sequence; by default 8192 or what the model is meant for.
+        global_batch: Sequences per optimizer step; by default 1, 4 or 16 million tokens by the model's size.
+        precision: bf16-mixed, bf16-true or 32-true.
+        optimizer: adamw or muon.
+        float8: Linear layers multiply in float8.
+        devices_per_node: By default what such nodes have.
+        memory_gib: Memory of one device, if not what the table says.
+        tensor: Ranks that share a layer's matrices, if not to be chosen.
+        pipeline: Stages, if not to be chosen.
+        context: Ranks that share a sequence, if not to be chosen.
+        expert: Ranks that share a layer's experts, if not to be chosen.
+        config: A run file of fit: estimate exactly its layout instead of searching.
+        dry_run: Build the fullest rank's part of the real model without memory, and compare its parameters.
+        json: Print everything as JSON.
+        plot: A file to draw into, .svg or .png.
+    """
+    from lightning_llm import planner
+    from lightning_llm.errors import ConfigurationError
+    from lightning_llm.models.module import resolve_config
+
+    if config is not None:
+        from lightning_llm.strategies.run_file import plan_of_run
+
+        made, architecture = plan_of_run(config, device, devices=devices, memory_gib=memory_gib)
+    elif model is None or devices is None:
+        raise ConfigurationError("plan needs --model and --devices, or --config with a run file.")
+    else:
+        architecture = resolve_config(model)
+        options = planner.Options(
+            tensor_parallel_size=tensor,
+            pipeline_parallel_size=pipeline,
+            context_parallel_size=context,
+            expert_parallel_size=expert,
+        )
+        made = planner.plan(
+            architecture,
+            devices,
+            device,
+            name=model,
+            seq_len=seq_len,
+            global_batch=global_batch,
+            precision=precision,
+            optimizer=optimizer,
+            float8=float8,
+            devices_per_node=devices_per_node,
+            memory_gib=memory_gib,
+            options=options,
+        )
+    if json:
+        print(made.to_json())
+    else:
+        from lightning_llm.planner.report import render
+
+        render(made)
+    if plot is not None:
+        from lightning_llm.planner.plot import save_plot
+
+        save_plot(made, plot)
+    if dry_run:
+        from lightning_llm.strategies.rehearsal import compare
+
+        print(compare(architecture, made), file=sys.stderr if json else sys.stdout)
+    return 0 if made.fits else 1
+
+
 COMMANDS: dict[str, Callable[..., int | None]] = {
-    command.__name__: command for command in (tokenize, export, generate, doctor)
+    command.__name__: command for command in (tokenize, export, generate, doctor, plan)
 }
 
 

@@ -14,26 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_llm.errors import ConfigurationError
-
-# Dense bfloat16 peak in FLOP/s, by a part of the name that torch.cuda.get_device_name gives; the first match counts.
-# NVIDIA's sheets quote figures with sparsity: the dense figure is half of them. Sources: the data sheets of H100, H200,
-# A100, L4, L40, L40S and HGX B200; for GeForce (float32 accumulation) the Ada and GA102 white papers; AMD's MI300X
-# data sheet.
-_DENSE_BF16_PEAK: tuple[tuple[str, float], ...] = (
-    ("B200", 2.25e15),
-    ("H200 NVL", 835e12),
-    ("H200", 989.4e12),
-    ("H100 NVL", 835e12),
-    ("H100 PCIe", 756e12),
-    ("H100", 989.4e12),
-    ("A100", 312e12),
-    ("L40S", 362e12),
-    ("L40", 181e12),
-    ("L4", 121e12),
-    ("RTX 4090", 165.2e12),
-    ("RTX 3090", 71e12),
-    ("MI300X", 1307.4e12),
-)
+from lightning_llm.planner.devices import device_named
 
 
 def dense_bf16_peak(device_name: str) -> float | None:
@@ -42,10 +23,8 @@ def dense_bf16_peak(device_name: str) -> float | None:
     Args:
         device_name: As `torch.cuda.get_device_name` gives it. A slice of a device (MIG) counts as unknown.
     """
-    if " MIG " in device_name:
-        return None
-    words = f" {device_name.replace('-', ' ')} "  # "NVIDIA A100-SXM4-80GB", but not the B200 in "NVIDIA GB200"
-    return next((peak for name, peak in _DENSE_BF16_PEAK if f" {name} " in words), None)
+    row = device_named(device_name)
+    return None if row is None else row.bfloat16
 
 
 def model_flops_utilization(tokens_per_second: float, flops_per_token: float, peak_flops: float, devices: int) -> float:

@@ -106,15 +106,7 @@ class TokenDataModule(LightningDataModule):
         import_litdata()
         corpus = self.corpus
         corpus.check_files()
-        parts = num_replicas * accumulate_grad_batches
-        if self.batch_size % parts:
-            below = self.batch_size // parts * parts
-            nearest = f"{below} or {below + parts}" if below else f"{parts}"
-            raise ConfigurationError(
-                f"batch_size({self.batch_size}) does not divide by data ranks({num_replicas}) * "
-                f"accumulate_grad_batches({accumulate_grad_batches}) = {parts}. "
-                f"batch_size counts sequences per optimizer step over all data ranks: set it to {nearest}."
-            )
+        self.check_batch_size(num_replicas, accumulate_grad_batches)
         sequences = sum(corpus.train.sequences_per_chunk(self.seq_len))
         if sequences < self.batch_size:
             raise ConfigurationError(
@@ -127,6 +119,22 @@ class TokenDataModule(LightningDataModule):
                 f"The validation part of {self.path} has {corpus.val.tokens:,} tokens, fewer than one sequence of "
                 f"seq_len({self.seq_len}) + 1. Tokenise with a larger val_fraction (or with 0, for no validation), or "
                 "set a smaller seq_len."
+            )
+
+    def check_batch_size(self, num_replicas: int, accumulate_grad_batches: int) -> None:
+        """See that the batch can be shared out; needs no corpus.
+
+        Raises:
+            ConfigurationError: it does not divide.
+        """
+        parts = num_replicas * accumulate_grad_batches
+        if self.batch_size % parts:
+            below = self.batch_size // parts * parts
+            nearest = f"{below} or {below + parts}" if below else f"{parts}"
+            raise ConfigurationError(
+                f"batch_size({self.batch_size}) does not divide by data ranks({num_replicas}) * "
+                f"accumulate_grad_batches({accumulate_grad_batches}) = {parts}. "
+                f"batch_size counts sequences per optimizer step over all data ranks: set it to {nearest}."
             )
 
     @override

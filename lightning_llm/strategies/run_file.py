@@ -1,0 +1,152 @@
+"""A LightningCLI run file as the planner sees it: read, checked as the strategy would check it, nothing started.
+
+`lightning-llm plan --config` calls it. What is refused here is refused by the same functions that a run would call.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.strategies import StrategyRegistry
+
+from lightning_llm.data.module import TokenDataModule
+from lightning_llm.errors import ConfigurationError
+from lightning_llm.models.config import DecoderConfig
+from lightning_llm.models.decoder import Decoder
+from lightning_llm.models.module import LLMModule, resolve_config
+from lightning_llm.planner import Layout, Plan, plan
+from lightning_llm.strategies.checks import check_plan, check_sequence, resolve_dims
+from lightning_llm.strategies.llm3d import LLM3DStrategy
+from lightning_llm.strategies.pipeline import choose_microbatches
+
+PRECISIONS = {None: "32-true", "32": "32-true", 32: "32-true", "bf16": "bf16-mixed"}
+
+
+class _Reader(LightningCLI):
+    """Parses as `fit` does, and stops there: no trainer is made, which would ask for its devices."""
+
+    def instantiate_classes(self) -> None:
+        """Nothing."""
+
+
+def plan_of_run(
+    path: str | Path, device: str, *, devices: int | None = None, memory_gib: float | None = None
+) -> tuple[Plan, DecoderConfig]:
+    """The plan of exactly the layout that a run file asks for, and its model.
+
+    Args:
+        path: The YAML file.
+        device: A row of the device table.
+        devices: In all, where the file says "auto".
+        memory_gib: Of one device, if not what the table says.
+
+    Raises:
+        ConfigurationError: The file is missing, is not for `LLM3DStrategy`, or asks for what the strategy refuses.
+    """
+    if not Path(path).is_file():
+        raise ConfigurationError(f"There is no run file {path}.")
+    config = _read(path)
+    trainer = config.trainer
+    architecture = resolve_config(config.model.model, config.model.vocab_size)
+    strategy = _strategy(trainer.strategy)
+    per_node, nodes = _devices(trainer, devices)
+    with torch.device("meta"):
+        model = Decoder(architecture)
+    dims = resolve_dims(
+        model,
+        world_size=per_node * nodes,
+        devices_per_node=per_node,
+        tensor_parallel_size=strategy.tensor_parallel_size,
+        pipeline_parallel_size=strategy.pipeline_parallel_size,
+        data_parallel_size=strategy.data_parallel_size,
+        replicate_size=strategy.replicate_size,
+    )
+    check_plan(model, dims)
+    data = TokenDataModule(**config.data.as_dict())
+    accumulate = trainer.accumulate_grad_batches
+    data.check_batch_size(dims.data_parallel_size, accumulate)
+    if strategy.sequence_parallel:
+        check_sequence(data.seq_len, dims)
+    local = data.batch_size // (dims.data_parallel_size * accumulate)
+    # Batches that are accumulated are counted as more microbatches of one schedule.
+    count = 1
+    if dims.pipeline_parallel_size > 1:
+        count = choose_microbatches(strategy.microbatches, local, dims.pipeline_parallel_size)
+    layout = Layout(
+        data_parallel_size=dims.data_parallel_size,
+        replicate_size=dims.replicate_size,
+        tensor_parallel_size=dims.tensor_parallel_size,
+        pipeline_parallel_size=dims.pipeline_parallel_size,
+        context_parallel_size=dims.context_parallel_size,
+        expert_parallel_size=dims.expert_parallel_size,
+        zero_stage=strategy.zero_stage,
+        sequence_parallel=strategy.sequence_parallel,
+        microbatch_size=math.ceil(local / count),
+        microbatches=count * accumulate,
+    )
+    made = plan(
+        architecture,
+        dims.world_size,
+        device,
+        name=config.model.model,
+        seq_len=data.seq_len,
+        precision=PRECISIONS.get(trainer.precision, trainer.precision),
+        devices_per_node=per_node,
+        memory_gib=memory_gib,
+        layout=layout,
+    )
+    return made, architecture
+
+
+def _read(path: str | Path) -> Namespace:
+    """The file's values, with the defaults of what it leaves out."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+        reader = _Reader(
+            LLMModule,
+            TokenDataModule,
+            args=["--config", str(path)],
+            run=False,
+            seed_everything_default=False,
+            trainer_defaults={"strategy": "llm3d"},
+            save_config_callback=None,
+            parser_kwargs={"prog": "lightning-llm plan"},
+        )
+    return reader.config
+
+
+def _strategy(given: Any) -> LLM3DStrategy:
+    """The strategy of a run file: a registered name, or a class with its arguments."""
+    strategy: Any = None
+    if isinstance(given, str) and given in StrategyRegistry:
+        strategy = StrategyRegistry.get(given)
+    elif isinstance(given, Namespace) and given.class_path.rpartition(".")[2] == LLM3DStrategy.__name__:
+        strategy = LLM3DStrategy(**given.init_args.as_dict())
+    if not isinstance(strategy, LLM3DStrategy):
+        shown = given.class_path if isinstance(given, Namespace) else given
+        raise ConfigurationError(
+            f"The run file's strategy is {shown}: the planner knows the layouts of LLM3DStrategy alone. Set "
+            "trainer.strategy to llm3d, or to class_path lightning_llm.LLM3DStrategy with init_args."
+        )
+    return strategy
+
+
+def _devices(trainer: Namespace, total: int | None) -> tuple[int, int]:
+    """Devices of a node, and nodes."""
+    nodes = trainer.num_nodes
+    given = trainer.devices
+    if isinstance(given, list):
+        return len(given), nodes
+    if str(given).isdigit() and int(given) > 0:
+        return int(given), nodes
+    if total is None:
+        raise ConfigurationError(f"The run file says devices: {given}. Say how many there are in all: --devices N.")
+    if total % nodes:
+        raise ConfigurationError(f"{total} devices are not a whole number for each of {nodes} nodes (num_nodes).")
+    return total // nodes, nodes

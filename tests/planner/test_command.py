@@ -1,0 +1,89 @@
+"""`lightning-llm plan` as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_llm.cli import main
+from lightning_llm.planner import Plan
+from lightning_llm.planner.memory import GIB
+
+
+def call(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "lightning_llm.cli", "plan", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(("model", "devices"), [("llama3-8b", 8), ("llama3-70b", 512), ("llama3-405b", 4096)])
+def test_the_four_sizes(model: str, devices: int, tmp_path: Path) -> None:
+    done = call("--model", model, "--devices", devices, "--device", "h100", "--json", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    made = Plan.from_json(done.stdout)
+    assert made.layout.world_size == devices and made.fits
+    values = json.loads(done.stdout)
+    assert values["memory_total"] == pytest.approx(sum(values["estimate"]["memory"].values()))
+    assert len(values["bubble_by_rank"]) == made.layout.pipeline_parallel_size
+    assert "dry run: rank" in done.stderr and "+0.00%" in done.stderr
+
+
+def test_the_table_and_the_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "out.svg"
+    done = call("--model", "llama3-8b", "--devices", 16, "--tensor", 2, "--pipeline", 2, "--plot", picture)
+    assert done.returncode == 0, done.stderr
+    assert "tensor_parallel_size: 2" in done.stdout and "mesh" in done.stdout
+    assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "llama3-8b"), "plan needs --model and --devices"),
+        (("--model", "llama9", "--devices", 8), "There is no preset 'llama9'"),
+        (("--model", "llama3-70b", "--devices", 8), "needs 1.8x the memory"),
+        (("--config", "nowhere.yaml"), "There is no run file nowhere.yaml"),
+    ],
+)
+def test_mistakes_end_with_one_sentence(
+    arguments: tuple[object, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lightning-llm", "plan", *map(str, arguments)])
+    assert main() == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.out == ""
+
+
+RUN = """
+model: {{model: llama3-8b}}
+data: {{path: nowhere, batch_size: 64, seq_len: 8192}}
+trainer:
+  accelerator: gpu
+  devices: 8
+  num_nodes: 2
+  precision: bf16-mixed
+  strategy:
+    class_path: lightning_llm.LLM3DStrategy
+    init_args: {{tensor_parallel_size: {tensor}, pipeline_parallel_size: {pipeline}, microbatches: 8}}
+"""
+
+
+def test_a_run_file_is_weighed_as_it_is(tmp_path: Path) -> None:
+    run = tmp_path / "run.yaml"
+    run.write_text(RUN.format(tensor=2, pipeline=2))
+    done = call("--config", run, "--json", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    made = Plan.from_json(done.stdout)
+    layout = made.layout
+    assert (layout.tensor_parallel_size, layout.pipeline_parallel_size, layout.data_parallel_size) == (2, 2, 4)
+    assert (layout.microbatches, layout.microbatch_size, layout.global_batch) == (8, 2, 64)
+    assert made.reasons == () and made.estimate.memory.total / GIB < 80
+    assert "+0.00%" in done.stderr
