@@ -99,6 +99,8 @@ class Plan:
         ):
             if getattr(layout, name) != getattr(defaults, name):
                 arguments[name] = getattr(layout, name)
+        if "stages_per_rank" in arguments:
+            arguments["pipeline_stages_per_rank"] = arguments.pop("stages_per_rank")
         if layout.pipeline_parallel_size > 1:
             arguments["microbatches"] = layout.microbatches
         return arguments

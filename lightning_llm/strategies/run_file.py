@@ -23,7 +23,8 @@ from lightning_llm.models.module import LLMModule, resolve_config
 from lightning_llm.planner import Layout, Plan, plan
 from lightning_llm.strategies.checks import check_plan, check_sequence, resolve_dims
 from lightning_llm.strategies.llm3d import LLM3DStrategy
-from lightning_llm.strategies.pipeline import choose_microbatches
+from lightning_llm.strategies.plan import plan_of
+from lightning_llm.strategies.stages import split_units
 
 PRECISIONS = {None: "32-true", "32": "32-true", 32: "32-true", "bf16": "bf16-mixed"}
 
@@ -58,26 +59,26 @@ def plan_of_run(
     per_node, nodes = _devices(trainer, devices)
     with torch.device("meta"):
         model = Decoder(architecture)
-    dims = resolve_dims(
-        model,
-        world_size=per_node * nodes,
-        devices_per_node=per_node,
-        tensor_parallel_size=strategy.tensor_parallel_size,
-        pipeline_parallel_size=strategy.pipeline_parallel_size,
-        data_parallel_size=strategy.data_parallel_size,
-        replicate_size=strategy.replicate_size,
-    )
-    check_plan(model, dims)
+    dims = resolve_dims(model, strategy.sizes, world_size=per_node * nodes, devices_per_node=per_node)
+    settings = strategy.layout
+    check_plan(model, dims, settings)
+    if settings.offload_parameters or (isinstance(settings.recompute, float) and settings.recompute < 1):
+        raise ConfigurationError(
+            "The planner has no figures for offload_parameters and for recompute as a memory budget: leave them out to "
+            "have the rest estimated."
+        )
     data = TokenDataModule(**config.data.as_dict())
     accumulate = trainer.accumulate_grad_batches
     data.check_batch_size(dims.data_parallel_size, accumulate)
-    if strategy.sequence_parallel:
-        check_sequence(data.seq_len, dims)
+    check_sequence(data.seq_len, dims, settings)
     local = data.batch_size // (dims.data_parallel_size * accumulate)
-    # Batches that are accumulated are counted as more microbatches of one schedule.
-    count = 1
+    count, layers_per_stage = 1, None
     if dims.pipeline_parallel_size > 1:
-        count = choose_microbatches(strategy.microbatches, local, dims.pipeline_parallel_size)
+        ranks, virtual = dims.pipeline_parallel_size, settings.stages_per_rank
+        count = settings.schedule.choose_microbatches(settings.microbatches, local, ranks, virtual)
+        units = plan_of(model)
+        assert units is not None
+        layers_per_stage = tuple(map(len, split_units(units, model, ranks * virtual, settings.pipeline_split)))
     layout = Layout(
         data_parallel_size=dims.data_parallel_size,
         replicate_size=dims.replicate_size,
@@ -85,10 +86,14 @@ def plan_of_run(
         pipeline_parallel_size=dims.pipeline_parallel_size,
         context_parallel_size=dims.context_parallel_size,
         expert_parallel_size=dims.expert_parallel_size,
-        zero_stage=strategy.zero_stage,
-        sequence_parallel=strategy.sequence_parallel,
+        zero_stage=settings.zero_stage,
+        sequence_parallel=settings.sequence_parallel,
+        pipeline_schedule=settings.schedule.name,
+        stages_per_rank=settings.stages_per_rank if dims.pipeline_parallel_size > 1 else 1,
+        layers_per_stage=layers_per_stage,
         microbatch_size=math.ceil(local / count),
-        microbatches=count * accumulate,
+        microbatches=count * accumulate,  # batches that are accumulated count as more microbatches of one schedule
+        recompute=settings.recompute if isinstance(settings.recompute, str) else int(settings.recompute),
     )
     made = plan(
         architecture,
