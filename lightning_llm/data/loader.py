@@ -31,11 +31,14 @@ class Sequences(Dataset[Batch]):
     """The sequences of a split, read by number: a list of them gives one batch.
 
     Gives `input_ids` and `labels`, both int64 [batch, seq_len]; `labels[b, t]` is the token after `input_ids[b, t]`.
+    With `document_mask` also `document_ids`, int64 [batch, seq_len], equal for tokens of one document; the token that
+    ends a document belongs to it.
     """
 
-    def __init__(self, corpus: TokenizedCorpus, split: str, seq_len: int) -> None:
+    def __init__(self, corpus: TokenizedCorpus, split: str, seq_len: int, *, document_mask: bool = False) -> None:
         self.corpus = corpus
         self.seq_len = seq_len
+        self.document_mask = document_mask
         self._blocks = TokenBlocks(corpus.path / split, seq_len + 1)
 
     def __getitem__(self, index: int) -> Batch:
@@ -53,7 +56,11 @@ class Sequences(Dataset[Batch]):
             raise
         labels = torch.from_numpy(tokens[:, 1:].copy())
         labels[torch.from_numpy(padding)] = IGNORED
-        return {"input_ids": torch.from_numpy(tokens[:, :-1].copy()), "labels": labels}
+        batch = {"input_ids": torch.from_numpy(tokens[:, :-1].copy()), "labels": labels}
+        if self.document_mask:
+            ends = (batch["input_ids"] == self.corpus.end_of_text_id).long()
+            batch["document_ids"] = ends.cumsum(1) - ends
+        return batch
 
 
 class _Position:

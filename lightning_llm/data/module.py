@@ -22,7 +22,7 @@ from lightning_llm.errors import ConfigurationError
 
 
 class TokenDataModule(LightningDataModule):
-    """Batches of packed tokens: `{"input_ids", "labels"}`, both int64 [local batch, seq_len].
+    """Batches of packed tokens: `{"input_ids", "labels"[, "document_ids"]}`, all int64 [local batch, seq_len].
 
     `labels` are shifted already: `labels[b, t]` is the token that follows `input_ids[b, t]`; -100 is to be ignored.
     With `Trainer(accumulate_grad_batches=A)` on D data ranks each batch has `batch_size / A / D` sequences, so that an
@@ -35,6 +35,7 @@ class TokenDataModule(LightningDataModule):
         num_workers: processes per rank that read ahead; 0 reads in the training process (a memory map, so it is fast).
         seed: of the order in which sequences are seen; the same for all ranks.
         shuffle: see the training sequences in a new order each epoch.
+        document_mask: add `document_ids` to the batches, so that tokens attend to tokens of their own document only.
 
     Raises:
         ConfigurationError: from `check` (which `setup` calls), when the corpus or a size cannot be used.
@@ -48,6 +49,7 @@ class TokenDataModule(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         shuffle: bool = True,
+        document_mask: bool = False,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -64,6 +66,7 @@ class TokenDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.shuffle = shuffle
+        self.document_mask = document_mask
         self._corpus: TokenizedCorpus | None = None
 
     @property
@@ -163,7 +166,7 @@ class TokenDataModule(LightningDataModule):
         # Shuffled once, so that the first batches (limit_val_batches) are a sample of all held-out text.
         order = SequenceOrder(sizes, seed=self.seed, shuffle=shuffle, same_every_epoch=not train)
         return TokenLoader(
-            Sequences(self.corpus, split, self.seq_len),
+            Sequences(self.corpus, split, self.seq_len, document_mask=self.document_mask),
             order,
             batch_size=self.batch_size // self._accumulate_grad_batches,
             step_size=self.batch_size if train else None,

@@ -21,6 +21,7 @@ from lightning_llm.planner.traffic import AxisTraffic
 
 # Tokens per optimizer step where none are given: what Llama 3 was trained with (arXiv:2407.21783, section 3.4.1).
 BATCH_TOKENS = ((7e9, 2**20), (100e9, 2**22), (float("inf"), 2**24))
+RENAMED = {"stages_per_rank": "pipeline_stages_per_rank"}  # in the strategy's arguments
 MAX_SEQ_LEN = 8192  # taken where none is given, unless the model is meant for less
 
 
@@ -98,9 +99,7 @@ class Plan:
             "recompute",
         ):
             if getattr(layout, name) != getattr(defaults, name):
-                arguments[name] = getattr(layout, name)
-        if "stages_per_rank" in arguments:
-            arguments["pipeline_stages_per_rank"] = arguments.pop("stages_per_rank")
+                arguments[RENAMED.get(name, name)] = getattr(layout, name)
         if layout.pipeline_parallel_size > 1:
             arguments["microbatches"] = layout.microbatches
         return arguments

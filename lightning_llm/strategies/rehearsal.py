@@ -59,13 +59,13 @@ def rehearse(
     rank = pipeline_rank * dims.ranks_per_stage
     dist.init_process_group("fake", rank=rank, world_size=dims.world_size, store=FakeStore())
     try:
-        return _cut(config, dims, _as_strategies_say(layout), LLMPrecision(precision), rank)
+        return _cut(config, dims, strategy_layout(layout), LLMPrecision(precision), rank)
     finally:
         dist.destroy_process_group()
 
 
-def _as_strategies_say(layout: planner.Layout) -> Layout:
-    """The settings beside the sizes, as the strategy takes them."""
+def strategy_layout(layout: planner.Layout) -> Layout:
+    """The planner's layout in the strategy's terms."""
     return Layout(
         zero_stage=layout.zero_stage,  # type: ignore[arg-type]
         pipeline_schedule=layout.pipeline_schedule,

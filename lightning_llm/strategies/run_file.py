@@ -23,7 +23,6 @@ from lightning_llm.models.module import LLMModule, resolve_config
 from lightning_llm.planner import Layout, Plan, plan
 from lightning_llm.strategies.checks import check_plan, check_sequence, resolve_dims
 from lightning_llm.strategies.llm3d import LLM3DStrategy
-from lightning_llm.strategies.plan import plan_of
 from lightning_llm.strategies.stages import split_units
 
 PRECISIONS = {None: "32-true", "32": "32-true", 32: "32-true", "bf16": "bf16-mixed"}
@@ -61,10 +60,10 @@ def plan_of_run(
         model = Decoder(architecture)
     dims = resolve_dims(model, strategy.sizes, world_size=per_node * nodes, devices_per_node=per_node)
     settings = strategy.layout
-    check_plan(model, dims, settings)
+    made_plan = check_plan(model, dims, settings)
     if settings.offload_parameters or (isinstance(settings.recompute, float) and settings.recompute < 1):
         raise ConfigurationError(
-            "The planner has no figures for offload_parameters and for recompute as a memory budget: leave them out to "
+            "The planner has no figures for offload_parameters, nor for recompute as a memory budget: leave them out to "
             "have the rest estimated."
         )
     data = TokenDataModule(**config.data.as_dict())
@@ -72,13 +71,14 @@ def plan_of_run(
     data.check_batch_size(dims.data_parallel_size, accumulate)
     check_sequence(data.seq_len, dims, settings)
     local = data.batch_size // (dims.data_parallel_size * accumulate)
-    count, layers_per_stage = 1, None
-    if dims.pipeline_parallel_size > 1:
-        ranks, virtual = dims.pipeline_parallel_size, settings.stages_per_rank
-        count = settings.schedule.choose_microbatches(settings.microbatches, local, ranks, virtual)
-        units = plan_of(model)
-        assert units is not None
-        layers_per_stage = tuple(map(len, split_units(units, model, ranks * virtual, settings.pipeline_split)))
+    # Batches that are accumulated are counted as more microbatches of one schedule.
+    count, layers = 1, None
+    ranks, stages_per_rank = dims.pipeline_parallel_size, settings.stages_per_rank
+    if ranks > 1:
+        assert made_plan is not None
+        count = settings.schedule.choose_microbatches(settings.microbatches, local, ranks, stages_per_rank)
+        cut = split_units(made_plan, model, ranks * stages_per_rank, settings.pipeline_split)
+        layers = tuple(len(units) for units in cut)
     layout = Layout(
         data_parallel_size=dims.data_parallel_size,
         replicate_size=dims.replicate_size,
@@ -89,11 +89,11 @@ def plan_of_run(
         zero_stage=settings.zero_stage,
         sequence_parallel=settings.sequence_parallel,
         pipeline_schedule=settings.schedule.name,
-        stages_per_rank=settings.stages_per_rank if dims.pipeline_parallel_size > 1 else 1,
-        layers_per_stage=layers_per_stage,
-        microbatch_size=math.ceil(local / count),
-        microbatches=count * accumulate,  # batches that are accumulated count as more microbatches of one schedule
+        stages_per_rank=stages_per_rank if ranks > 1 else 1,
+        layers_per_stage=layers,
         recompute=settings.recompute if isinstance(settings.recompute, str) else int(settings.recompute),
+        microbatch_size=math.ceil(local / count),
+        microbatches=count * accumulate,
     )
     made = plan(
         architecture,

@@ -188,3 +188,16 @@ def test_a_chunk_deleted_or_cut_off_during_the_run_is_named(
         file.unlink() if number % 2 else file.write_bytes(file.read_bytes()[:40])
     with pytest.raises(ConfigurationError, match=r"train/chunk-0-0.bin has 40 bytes.*train/chunk-0-1.bin is missing"):
         next(iter(make(copy, num_workers=num_workers)))
+
+
+def test_document_ids_change_after_each_end_of_text(corpus: TokenizedCorpus) -> None:
+    plain, masked = (Sequences(corpus, "train", SEQ_LEN, document_mask=mask) for mask in (False, True))
+    assert "document_ids" not in plain[0]
+    ended = 0
+    for index in range(sum(corpus.train.sequences_per_chunk(SEQ_LEN))):
+        tokens, documents = masked[index]["input_ids"], masked[index]["document_ids"]
+        assert torch.equal(tokens, plain[index]["input_ids"]) and documents[0] == 0
+        ends = tokens[:-1] == corpus.end_of_text_id
+        assert torch.equal(documents.diff(), ends.long())
+        ended += int(ends.sum())
+    assert ended > 0, "the corpus must have documents that end within sequences"

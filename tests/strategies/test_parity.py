@@ -178,7 +178,11 @@ class GradientsOfFirstStep(Callback):
 
 
 def first_gradients(
-    world_size: int, strategy_arguments: dict[str, Any], config: DecoderConfig, accumulate: int = 1
+    world_size: int,
+    strategy_arguments: dict[str, Any],
+    config: DecoderConfig,
+    accumulate: int = 1,
+    documents: bool = False,
 ) -> dict[str, Any]:
     strategy = LLM3DStrategy(**strategy_arguments)
     collected = GradientsOfFirstStep()
@@ -191,7 +195,7 @@ def first_gradients(
         accumulate_grad_batches=accumulate,
         limit_val_batches=0,
     )
-    trainer.fit(make_module(config, warmup_steps=0), loader(trainer, strategy, accumulate))
+    trainer.fit(make_module(config, warmup_steps=0), loader(trainer, strategy, accumulate, documents=documents))
     return collected.gradients
 
 
@@ -214,6 +218,24 @@ def test_gradients_are_those_of_one_process(row: Layout) -> None:
         expected = reference["model.model.embed_tokens.weight" if name in tied_copy else name]
         assert expected.dtype == torch.float64
         assert (gradient - expected).norm() <= 1e-9 * expected.norm(), name
+
+
+@pytest.mark.parametrize(
+    ("world_size", "strategy"),
+    [
+        pytest.param(2, CP2, id="cp2 allgather"),
+        pytest.param(2, {**CP2, "context_parallel_method": "ulysses"}, id="cp2 ulysses"),
+        pytest.param(2, by("ZBVZeroBubble"), id="pp2"),
+        pytest.param(8, {**by("Interleaved1F1B"), **CP2, **TP2}, id="pp2 x cp2 x tp2"),
+    ],
+)
+def test_documents_are_kept_apart_in_every_layout(world_size: int, strategy: dict[str, Any]) -> None:
+    reference = run_distributed(first_gradients, 1, 1, {}, SMALL, 1, True)[0]
+    blind = gradients_of_one_process("plain")
+    for gradients in run_distributed(first_gradients, world_size, world_size, strategy, SMALL, 1, True):
+        for name, gradient in gradients.items():
+            assert (gradient - reference[name]).norm() <= 1e-9 * reference[name].norm(), name
+            assert (gradient - blind[name]).norm() > 1e-3 * blind[name].norm(), "the mask must matter"
 
 
 def test_the_table_is_as_wide_as_it_says() -> None:

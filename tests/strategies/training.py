@@ -28,11 +28,12 @@ SMALL = DecoderConfig(
 class TokenRows(Dataset):
     """Rows of predictable tokens, some labels ignored, unevenly over the rows."""
 
-    def __init__(self, rows: int = 64, ignore: bool = True) -> None:
+    def __init__(self, rows: int = 64, ignore: bool = True, documents: bool = False) -> None:
         generator = torch.Generator().manual_seed(7)
         steps = torch.randint(1, 5, (rows, 1), generator=generator)
         self.tokens = (torch.arange(SEQ_LEN + 1) * steps + torch.arange(rows)[:, None]) % VOCAB
         self.ignore = ignore
+        self.documents = documents
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -41,7 +42,10 @@ class TokenRows(Dataset):
         labels = self.tokens[index, 1:].clone()
         if self.ignore:
             labels[: index % SEQ_LEN] = -100
-        return {"input_ids": self.tokens[index, :-1], "labels": labels}
+        row = {"input_ids": self.tokens[index, :-1], "labels": labels}
+        if self.documents:
+            row["document_ids"] = torch.arange(SEQ_LEN) // (3 + index % 5)
+        return row
 
 
 class Recorder(Callback):
