@@ -63,8 +63,8 @@ def plan_of_run(
     made_plan = check_plan(model, dims, settings)
     if settings.offload_parameters or (isinstance(settings.recompute, float) and settings.recompute < 1):
         raise ConfigurationError(
-            "The planner has no figures for offload_parameters, nor for recompute as a memory budget: leave them out to "
-            "have the rest estimated."
+            "The planner has no figures for offload_parameters, nor for recompute as a memory budget: leave them out "
+            "to have the rest estimated."
         )
     data = TokenDataModule(**config.data.as_dict())
     accumulate = trainer.accumulate_grad_batches
