@@ -35,6 +35,7 @@ class Layout:
     recompute: Recompute = "none"
     compile: bool = False
     offload_parameters: Literal["cpu"] | None = None
+    offload_optimizer: Literal["cpu"] | None = None
 
     def __post_init__(self) -> None:
         if self.zero_stage not in get_args(ZeroStage):
@@ -48,10 +49,17 @@ class Layout:
                 f"pipeline_schedule={self.schedule.name!r} computes the gradients of weights apart from the others, "
                 "which compiled blocks do not offer. Set compile to false, or use the schedule 'Interleaved1F1B'."
             )
+        if self.recompute == "selective" and self.schedule.splits_backward:
+            raise ConfigurationError(
+                f"pipeline_schedule={self.schedule.name!r} goes backward twice through a block, which "
+                "recompute='selective' does not allow. Set recompute to 'full' or 'none', or use the schedule "
+                "'Interleaved1F1B'."
+            )
         if self.recompute != "none" and self.schedule.splits_backward:
             rank_zero_warn(
-                f"recompute={self.recompute!r} with pipeline_schedule={self.schedule.name!r} is slow: each half of its "
-                "backward recomputes the block. Consider recompute='none', or the schedule 'Interleaved1F1B'."
+                f"recompute={self.recompute!r} with pipeline_schedule={self.schedule.name!r} is slow: a block is run "
+                "3 to 11 times instead of twice, since each part of its backward recomputes it. Consider "
+                "recompute='none', or the schedule 'Interleaved1F1B'."
             )
         if self.context_parallel_method not in CONTEXT_METHODS:
             raise ConfigurationError(
@@ -62,6 +70,11 @@ class Layout:
         if self.offload_parameters not in (None, "cpu"):
             raise ConfigurationError(
                 f"offload_parameters={self.offload_parameters!r} must be 'cpu' or None. NVMe needs DeepSpeed's engine."
+            )
+        if self.offload_optimizer is not None and self.offload_optimizer != self.offload_parameters:
+            raise ConfigurationError(
+                f"offload_optimizer={self.offload_optimizer!r}: FSDP keeps optimizer states where the parameters are. "
+                "Set offload_parameters to 'cpu', which offloads both; states alone need DeepSpeed's engine."
             )
 
     @property

@@ -20,6 +20,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
@@ -79,7 +80,9 @@ class LLM3DStrategy(ProcessGrid):
         context_parallel_method: "allgather", "ulysses" or "ring"; see `ContextParallel`.
         recompute: "none", "selective", "full", n (every n-th block), or a memory budget below 1; see `apply_recompute`.
         compile: Compile each block with `torch.compile`.
-        offload_parameters: "cpu" keeps shards of parameters, gradients and optimizer states in host memory.
+        offload_parameters: "cpu" keeps shards of parameters, gradients and optimizer states in host memory, and updates
+            them there.
+        offload_optimizer: "cpu" is what `offload_parameters` implies; states alone cannot be offloaded.
         process_group_backend: "nccl", "gloo", ...; None chooses by device.
         timeout: Of collectives.
 
@@ -105,6 +108,7 @@ class LLM3DStrategy(ProcessGrid):
         recompute: Recompute = "none",
         compile: bool = False,
         offload_parameters: Literal["cpu"] | None = None,
+        offload_optimizer: Literal["cpu"] | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta = default_pg_timeout,
     ) -> None:
@@ -128,6 +132,7 @@ class LLM3DStrategy(ProcessGrid):
                 recompute=recompute,
                 compile=compile,
                 offload_parameters=offload_parameters,
+                offload_optimizer=offload_optimizer,
             ),
             process_group_backend=process_group_backend,
             timeout=timeout,
@@ -452,6 +457,9 @@ class LLM3DStrategy(ProcessGrid):
         """Loads weights and optimizer states in place, whatever layout they were saved in; returns the rest."""
         assert self.lightning_module is not None
         path = Path(self.broadcast(checkpoint_path))
+        for module in self.lightning_module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # weights that an evaluation has left gathered would hide what is loaded
         fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING  # validation must not touch optimizers
         optimizers = self.optimizers if fitting else []
         return checkpoint_format.load(path, self.lightning_module, optimizers, self._aliases())

@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_llm import Decoder, DecoderConfig
 from lightning_llm.errors import ConfigurationError
+from lightning_llm.models.moe import Experts
 from lightning_llm.strategies.checks import check_plan
 from lightning_llm.strategies.layout import Layout
 from lightning_llm.strategies.mesh import ParallelDims
@@ -22,6 +23,17 @@ CONFIGS = {
     "biases": SMALL.replace(attention_bias=True, attention_output_bias=True, mlp_bias=True),
     "qk_norm": SMALL.replace(qk_norm=True, model_type="qwen3"),
     "tied": SMALL.replace(tie_word_embeddings=True),
+    "experts": SMALL.replace(
+        num_experts=4,
+        moe_intermediate_size=8,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        scoring_func="sigmoid",
+        use_routing_bias=True,
+        qk_norm=True,
+        model_type="dots1",
+    ),
 }
 
 
@@ -37,7 +49,8 @@ def test_the_decoders_plan_names_every_parameter_once(config: DecoderConfig) -> 
     assert plan is not None
     patterns = [re.compile(pattern.replace(".", r"\.").replace("*", r"[^.]+")) for pattern in plan.tensor_parallel]
     matches = Counter(name for name, _ in model.named_modules() for pattern in patterns if pattern.fullmatch(name))
-    owners = {name.rpartition(".")[0] for name, _ in model.named_parameters(remove_duplicate=False)}
+    experts = {name for name, module in model.named_modules() if isinstance(module, Experts)}
+    owners = {name.rpartition(".")[0] for name, _ in model.named_parameters(remove_duplicate=False)} - experts
     assert all(matches[owner] == 1 for owner in owners), owners - set(matches)
     assert set(matches.values()) == {1}
 
@@ -76,7 +89,8 @@ class WithAttribute(Small):
 
 class WithMethod(Small):
     def parallel_plan(self) -> ParallelPlan:
-        return ParallelPlan(pipeline_units="blocks", tensor_divides={"rows": self.inner.out_features})
+        rows = {"rows": self.inner.out_features}
+        return ParallelPlan(pipeline_first=("inner",), pipeline_units="blocks", tensor_divides=rows)
 
 
 class Misspelt(Small):
@@ -89,7 +103,8 @@ class OtherDecoder(Decoder):
 
 def test_a_plan_is_an_attribute_or_a_method_or_none() -> None:
     assert plan_of(WithAttribute()) is PLAN
-    assert plan_of(WithMethod()) == ParallelPlan(pipeline_units="blocks", tensor_divides={"rows": 6})
+    expected = ParallelPlan(pipeline_first=("inner",), pipeline_units="blocks", tensor_divides={"rows": 6})
+    assert plan_of(WithMethod()) == expected
     assert plan_of(Small()) is None
     assert plan_of(nn.Linear(2, 2)) is None
     with torch.device("meta"):
