@@ -25,8 +25,8 @@ from lightning_llm.models.config import DecoderConfig
 from lightning_llm.models.decoder import Decoder
 from lightning_llm.models.initialization import RandomInit
 from lightning_llm.models.weights import load_weights
+from lightning_llm.planner.schedules import schedule_kind
 from lightning_llm.strategies.plan import plan_of
-from lightning_llm.strategies.schedules import schedule_kind
 from lightning_llm.strategies.sharding import Sharding, apply_sharding, local_shard
 from lightning_llm.strategies.stages import keep_stages, split_units
 from lightning_llm.strategies.tensor import apply_tensor_parallel

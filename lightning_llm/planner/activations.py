@@ -21,7 +21,7 @@ class BlockBytes(NamedTuple):
 
     Attributes:
         kept: Without recomputation, from the forward to the backward.
-        kept_selective: Where only the outputs of matrix products and of attention are kept.
+        kept_selective: Where attention, communication and every second matrix product are kept.
         kept_full: Where only the block's input is kept.
         gradients: Gradients of activations that are alive together at most, while the backward passes through.
         forward: Alive for a moment in a forward that keeps nothing.
@@ -89,20 +89,23 @@ def block_bytes(shape: Shape, unit: Unit, layout: Layout, workload: Workload) ->
     inner = widths.intermediate / tensor
 
     norms = 2 * hidden / split
-    gathered = 2 * hidden
+    gathered = hidden + (hidden if inner else hidden / split)  # experts alone work on each rank's own tokens
     attention = 2 * heads + 2 * kv + (heads + kv if shape.qk_norm else 0)
     float32 = shape.heads / tensor + 2 / split + ((shape.heads + shape.kv_heads) / tensor if shape.qk_norm else 0)
     feed_forward = 4 * inner
-    # What a selective policy keeps: outputs of q, k, v, o, gate, up, down; a row-parallel product is whole until it is
-    # reduced. Attention's output and log-sum-exp too. Everything else follows from these and the block's input.
-    selective = hidden / split + 2 * heads + 2 * kv + hidden + 2 * inner + (hidden if inner else 0)
+    # "selective" keeps, of the matrix products q, k, v, o, gate, up and down in their order, every second one from the
+    # first on (a row-parallel product is whole until it is reduced), attention's output, and what was communicated:
+    # both gathered inputs and both reduced outputs. The block's input is kept as in "full".
+    communicated = ((2 * hidden if split > 1 else 0) + 2 * hidden / split) if tensor > 1 else 0
+    selective = hidden / split + 2 * heads + kv + (inner + hidden if inner else 0) + communicated
     gradients = 2 * hidden + max(3 * inner, heads + 2 * kv)
 
     if widths.experts:
         routed = shape.experts_per_token / split
         expert_width = widths.expert_intermediate
         feed_forward += routed * (2 * hidden + 4 * expert_width)
-        selective += routed * (hidden + 2 * expert_width)
+        # Grouped products are not among those that are counted; tokens that travelled to their experts are kept.
+        selective += 2 * routed * hidden if layout.expert_parallel_size > 1 else 0
         gradients += routed * (2 * hidden + 3 * expert_width)
         float32 += 2 * widths.experts / split
 

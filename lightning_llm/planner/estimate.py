@@ -114,7 +114,7 @@ def stage_seconds(
         back = 2 * linear + attention_backward + 2 * moved + waits + again
         gather, reduce = _block_parameters(kind.unit, layout, workload, links)
         forward += kind.number * _overlapped(one_way, gather)
-        backward += kind.number * _overlapped(back, gather + reduce)
+        backward += kind.number * _overlapped(back, reduce + (gather if layout.zero_stage == 3 else 0.0))
     if stage.is_last:
         numbers = tokens * shape.vocab / tensor
         head = 2 * numbers * shape.hidden / other
@@ -222,7 +222,7 @@ def _exposed(shape: Shape, stage: Stage, layout: Layout, workload: Workload, lin
     if layout.pipeline_parallel_size > 1 or layout.zero_stage <= 1:
         return gather + reduce + replicate
     share = 1 / operations
-    return traffic.reductions * (share * (gather + reduce) + share * replicate)
+    return share * (traffic.reductions * (gather + reduce) + replicate)
 
 
 def _block_parameters(unit: Unit, layout: Layout, workload: Workload, links: dict[str, Link]) -> tuple[float, float]:
@@ -230,7 +230,9 @@ def _block_parameters(unit: Unit, layout: Layout, workload: Workload, links: dic
     if layout.pipeline_parallel_size > 1 or layout.zero_stage <= 1:
         return 0.0, 0.0
     whole = _whole(unit, layout.tensor_parallel_size, layout.expert_parallel_size)
-    gather = ring(workload.compute_bytes * whole, layout.sharding_size)
+    # Below stage 3 whole parameters stay over all batches of a step: one gather for all of them.
+    gathered = workload.compute_bytes * whole / (1 if layout.zero_stage == 3 else layout.microbatches)
+    gather = ring(gathered, layout.sharding_size)
     reduce = ring(workload.parameter_bytes * whole, layout.sharding_size)
     return links["fsdp"].seconds(gather), links["fsdp"].seconds(reduce)
 

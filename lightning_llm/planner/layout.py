@@ -66,9 +66,9 @@ class Layout:
         stages_per_rank: Virtual stages of an interleaved schedule.
         microbatch_size: Sequences of a data rank that are computed at once.
         microbatches: Times that this happens per optimizer step: pipelined, or accumulated without a pipeline.
-        recompute: "none", "selective" (outputs of matrix products and of attention are kept), "full" (only a block's
-            input is kept), or n: every n-th block is recomputed fully.
-        layers_per_stage: Blocks of each stage in order; None shares them out evenly.
+        recompute: "none", "selective" (attention, communication and every second matrix product are kept), "full" (a
+            block's input alone is kept), or n: every n-th block is recomputed fully.
+        layers_per_stage: Blocks of each stage in order; None balances stages by their parameters.
     """
 
     data_parallel_size: int = 1

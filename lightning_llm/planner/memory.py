@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from lightning_llm.planner.activations import LogitsBytes, block_bytes, blocks_of, logits_bytes
 from lightning_llm.planner.layout import Layout, Workload
-from lightning_llm.planner.shape import Shape, Stage, Unit, cut_stages, even_layers
+from lightning_llm.planner.shape import Shape, Stage, Unit, balanced_layers, cut_stages
 from lightning_llm.planner.timeline import Moment, moments, stages_of
 
 GIB = 1024**3
@@ -102,7 +102,7 @@ class StageBytes:
 
 def stages_in(shape: Shape, layout: Layout) -> tuple[Stage, ...]:
     """The model cut as the layout says."""
-    return cut_stages(shape, layout.layers_per_stage or even_layers(len(shape.layers), layout.num_stages))
+    return cut_stages(shape, layout.layers_per_stage or balanced_layers(shape, layout.num_stages))
 
 
 def memory_of_rank(shape: Shape, layout: Layout, workload: Workload, pipeline_rank: int) -> Memory:
@@ -217,9 +217,8 @@ def stage_bytes(shape: Shape, stage: Stage, layout: Layout, workload: Workload) 
         states -= sum(k.number * _matrices(k.unit, tensor, shards, expert, expert_shards) for k in kinds)
 
     whole_gradients = p * whole
-    reduces_at_once = (
-        communicates and layout.zero_stage >= 2
-    )  # each microbatch, or once at the end of a pipeline's step
+    # Stage 1 reduces once, after the last batch: at once, if there is only one.
+    reduces_at_once = communicates and (layout.zero_stage >= 2 or (layout.microbatches == 1 and not pipelined))
     blocks = [(kind, block_bytes(shape, kind.unit, layout, workload)) for kind in kinds]
     largest = max(_gathered(unit, tensor, expert) for _, unit in units)
     at_once = whole

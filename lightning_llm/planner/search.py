@@ -9,11 +9,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning_llm.errors import ConfigurationError
+from lightning_llm.planner.dividing import divisors
 from lightning_llm.planner.estimate import Cluster, Estimate, estimate, quick_step_seconds
 from lightning_llm.planner.layout import Layout, Recompute, Workload
 from lightning_llm.planner.memory import GIB, worst_memory
+from lightning_llm.planner.schedules import schedule_kind
 from lightning_llm.planner.shape import Shape, sizes_of
-from lightning_llm.planner.timeline import LOOPED, refusal
+from lightning_llm.planner.timeline import runs
 
 # Estimates of step time are off by 10 to 25% where published figures exist (tests/planner/test_published.py). So the
 # matrix' own layout is taken unless another one is faster by more than this; below that, practice is the better judge.
@@ -168,13 +170,15 @@ def _ways(shape: Shape, sizes: dict[str, Any], local_batch: int, options: Option
         schedules = [
             (schedule, virtual)
             for schedule in options.schedules
-            for virtual in (options.stages_per_rank if schedule in LOOPED else (1,))
+            for virtual in (options.stages_per_rank if schedule_kind(schedule).multi_stage else (1,))
             if pipeline * virtual <= len(shape.layers)
         ]
         stages = (max(options.zero_stages),)  # in a pipeline stages 2 and 3 are one
     for schedule, virtual in schedules:
         for size in options.microbatch_sizes:
-            if local_batch % size or refusal(schedule, pipeline, virtual, local_batch // size):
+            count = local_batch // size
+            # Fewer microbatches than ranks leave most of a pipeline idle.
+            if local_batch % size or count < pipeline or not runs(schedule, pipeline, virtual, count):
                 continue
             for zero_stage in stages:
                 for recompute in options.recomputes:
@@ -184,7 +188,7 @@ def _ways(shape: Shape, sizes: dict[str, Any], local_batch: int, options: Option
                         pipeline_schedule=schedule,
                         stages_per_rank=virtual,
                         microbatch_size=size,
-                        microbatches=local_batch // size,
+                        microbatches=count,
                         recompute=recompute,
                     )
 
@@ -290,12 +294,6 @@ def _runner_ups(chosen: Layout, exact: list[tuple[Layout, Estimate]]) -> tuple[t
 
 
 # -- sizes --
-
-
-def divisors(number: int) -> list[int]:
-    """All divisors, ascending."""
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    return sorted({*small, *(number // d for d in small)})
 
 
 def _fixed(size: int | None, sizes: list[int]) -> list[int]:

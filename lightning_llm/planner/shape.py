@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.models.config import DecoderConfig
+from lightning_llm.models.sizes import ROUTING_BIAS
+from lightning_llm.planner.dividing import balanced_counts
 
 # The dim of a weight that tensor parallelism cuts (Megatron's column and row scheme, as strategies/plan.py names it);
 # what is not here is replicated over the axis: norms, routers, biases of row-parallel layers.
@@ -119,7 +121,7 @@ class Shape:
         blocks: list[list[Weight]] = [[] for _ in range(config.num_hidden_layers)]
         ends: dict[str, list[Weight]] = {"embedding": [], "final": []}
         for name, shape in config.parameter_shapes().items():
-            if "e_score_correction_bias" in name:  # a buffer of one number an expert
+            if name.endswith(ROUTING_BIAS):  # a buffer of one number an expert
                 continue
             layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
             if layer:
@@ -127,7 +129,6 @@ class Shape:
             else:
                 ends["embedding" if "embed_tokens" in name else "final"].append(Weight(name, shape))
         layers = tuple(_unit(tuple(weights)) for weights in blocks)
-        has_experts = any(weight.is_expert for layer in layers for weight in layer.weights)
         return cls(
             config=config,
             hidden=config.hidden_size,
@@ -141,7 +142,7 @@ class Shape:
             layers=layers,
             windows=tuple(config.layer_window(i) for i in range(config.num_hidden_layers)),
             final=Unit(tuple(ends["final"])),
-            experts_per_token=config.to_dict()["num_experts_per_tok"] if has_experts else 0,
+            experts_per_token=config.num_experts_per_tok or 0,
         )
 
     @cached_property
@@ -189,20 +190,22 @@ def _unit(weights: tuple[Weight, ...]) -> Unit:
 
 
 @lru_cache(maxsize=1024)
-def even_layers(num_layers: int, num_stages: int) -> tuple[int, ...]:
-    """Blocks per stage: sizes differ by at most one, and the outer stages are the smaller ones, for they have the
-    embedding and the output layer too (as strategies cut them).
+def balanced_layers(shape: Shape, num_stages: int) -> tuple[int, ...]:
+    """Blocks per stage as strategies cut them: the largest stage, embedding and output layer included, is the smallest
+    that it can be.
 
     Raises:
         ConfigurationError: There are more stages than blocks.
     """
+    num_layers = len(shape.layers)
     if num_stages > num_layers:
         raise ConfigurationError(
             f"{num_stages} pipeline stages are more than the model's {num_layers} layers. Use at most {num_layers}."
         )
-    small, longer = divmod(num_layers, num_stages)
-    by_load = sorted(range(num_stages), key=lambda stage: (stage == num_stages - 1, stage == 0))
-    return tuple(small + (by_load.index(stage) < longer) for stage in range(num_stages))
+    costs = [unit.gathered(1, 1) for unit in shape.layers]
+    costs[0] += shape.embedding.gathered(1, 1)
+    costs[-1] += shape.head(num_stages).gathered(1, 1)
+    return tuple(balanced_counts(costs, num_stages))
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,12 +13,7 @@ from typing import NamedTuple
 
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.planner._torch_schedules import rank_actions
-
-SINGLE_STAGE = ("GPipe", "1F1B")
-LOOPED = ("Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble")
-V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
-SCHEDULES = (*SINGLE_STAGE, *LOOPED, *V_SHAPED)
-SPLIT_BACKWARD = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+from lightning_llm.planner.schedules import schedule_kind
 
 
 class Action(NamedTuple):
@@ -33,60 +28,15 @@ class Action(NamedTuple):
     microbatch: int
 
 
-def canonical(schedule: str) -> str:
-    """The name of a schedule as torch spells it.
-
-    Raises:
-        ConfigurationError: There is no such schedule; lists them.
-    """
-    for name in SCHEDULES:
-        if name.lower() == schedule.lower():
-            return name
-    raise ConfigurationError(f"There is no pipeline schedule {schedule!r}. Schedules: {', '.join(SCHEDULES)}.")
-
-
-def refusal(schedule: str, num_ranks: int, stages_per_rank: int, microbatches: int) -> str | None:
-    """Why torch would not run a schedule with these numbers, or None. A pipeline of one rank takes anything."""
-    if num_ranks == 1:
-        return None if stages_per_rank == 1 else "virtual stages need a pipeline of at least 2 ranks"
-    if schedule in SINGLE_STAGE and stages_per_rank != 1:
-        return f"{schedule} has one stage a rank, not {stages_per_rank}"
-    if schedule in V_SHAPED and stages_per_rank != 2:
-        return f"{schedule} has two stages a rank, not {stages_per_rank}"
-    if microbatches < num_ranks:
-        return f"{microbatches} microbatches are fewer than the {num_ranks} pipeline ranks"
-    if schedule in ("Interleaved1F1B", "InterleavedZeroBubble"):
-        rounds = microbatches // num_ranks
-        if microbatches % rounds:
-            return f"{schedule} needs microbatches({microbatches}) to be a multiple of its {rounds} rounds"
-    if schedule == "DualPipeV" and microbatches < 2 * num_ranks:
-        return f"DualPipeV needs at least {2 * num_ranks} microbatches, as many as stages, not {microbatches}"
-    return None
-
-
-def rank_of(schedule: str, stage: int, num_ranks: int) -> int:
-    """The pipeline rank that has a stage: round and round, or down and up again (V)."""
-    if schedule in V_SHAPED:
-        return stage if stage < num_ranks else 2 * num_ranks - 1 - stage
-    return stage % num_ranks
+def runs(schedule: str, num_ranks: int, stages_per_rank: int, microbatches: int) -> bool:
+    """Whether a schedule takes these numbers. A pipeline of one rank takes any number of microbatches."""
+    return num_ranks == 1 or schedule_kind(schedule).fits(microbatches, num_ranks, stages_per_rank)
 
 
 @lru_cache(maxsize=4096)
 def stages_of(schedule: str, rank: int, num_ranks: int, stages_per_rank: int) -> tuple[int, ...]:
     """The stages that a pipeline rank has, ascending."""
-    stages = range(num_ranks * stages_per_rank)
-    return tuple(stage for stage in stages if rank_of(schedule, stage, num_ranks) == rank)
-
-
-def check(schedule: str, num_ranks: int, stages_per_rank: int, microbatches: int) -> None:
-    """Refuses numbers that a schedule does not take.
-
-    Raises:
-        ConfigurationError: with the reason.
-    """
-    reason = refusal(canonical(schedule), num_ranks, stages_per_rank, microbatches)
-    if reason is not None:
-        raise ConfigurationError(f"{reason[0].upper()}{reason[1:]}.")
+    return (0,) if num_ranks == 1 else schedule_kind(schedule).stage_ids(rank, num_ranks, stages_per_rank)
 
 
 @lru_cache(maxsize=4096)
@@ -96,12 +46,19 @@ def order(schedule: str, rank: int, num_ranks: int, stages_per_rank: int, microb
     Raises:
         ConfigurationError: The schedule does not take these numbers.
     """
-    schedule = canonical(schedule)
-    check(schedule, num_ranks, stages_per_rank, microbatches)
-    if num_ranks == 1 or schedule in SINGLE_STAGE:
-        in_flight = microbatches if schedule == "GPipe" and num_ranks > 1 else num_ranks - rank
-        return _one_f_one_b(rank, in_flight, microbatches)
-    return tuple(Action(*action) for action in rank_actions(schedule, rank, num_ranks, stages_per_rank, microbatches))
+    kind = schedule_kind(schedule)
+    if num_ranks == 1:
+        return _one_f_one_b(0, 1, microbatches)
+    kind.resolve_stages_per_rank(stages_per_rank)
+    if not kind.fits(microbatches, num_ranks, stages_per_rank):
+        raise ConfigurationError(
+            f"{kind.name} with {stages_per_rank} stages on each of {num_ranks} ranks does not run {microbatches} "
+            "microbatches."
+        )
+    if not kind.multi_stage:
+        return _one_f_one_b(rank, microbatches if kind.name == "GPipe" else num_ranks - rank, microbatches)
+    actions = rank_actions(kind.name, rank, num_ranks, stages_per_rank, microbatches)
+    return tuple(Action(*action) for action in actions)
 
 
 def _one_f_one_b(stage: int, in_flight: int, microbatches: int) -> tuple[Action, ...]:
@@ -192,7 +149,7 @@ def simulate(
     a backward that of the stage behind, and where these are on other ranks the transfer.
 
     Args:
-        schedule: See `SCHEDULES`.
+        schedule: See `schedules.SCHEDULES`.
         num_ranks: Ranks of the pipeline axis.
         stages_per_rank: Virtual stages.
         microbatches: Per step.
@@ -200,10 +157,10 @@ def simulate(
         backward: Seconds of one microbatch's whole backward, by stage. Split, half of it is for the weights.
         transfer: Seconds from a rank to the next.
     """
-    schedule = canonical(schedule)
+    geometry = schedule_kind(schedule)
     queues = [order(schedule, rank, num_ranks, stages_per_rank, microbatches) for rank in range(num_ranks)]
     last = num_ranks * stages_per_rank - 1
-    home = [rank_of(schedule, stage, num_ranks) for stage in range(last + 1)]
+    home = [geometry.rank_of(stage, num_ranks) for stage in range(last + 1)]
     duration = {
         "F": list(forward),
         "B": list(backward),
@@ -241,15 +198,6 @@ def simulate(
                     done["F" if kind == "F" else "B", stage, microbatch] = end
         assert pending < before, f"{schedule} with {num_ranks} ranks and {microbatches} microbatches never ends"
     return Timeline(tuple(map(tuple, spans)))
-
-
-def theoretical_bubble(schedule: str, num_ranks: int, stages_per_rank: int, microbatches: int) -> float:
-    """Idle share of GPipe, 1F1B and Interleaved1F1B with equal stages: `(p-1) / (v*m + p-1)`.
-
-    https://arxiv.org/abs/2104.04473, section 2.2, where it stands relative to the busy time.
-    """
-    assert schedule in (*SINGLE_STAGE, "Interleaved1F1B", "LoopedBFS")
-    return (num_ranks - 1) / (stages_per_rank * microbatches + num_ranks - 1)
 
 
 # -- memory --

@@ -141,7 +141,7 @@ class ParameterTraffic:
         gathers: How often each parameter is gathered per step.
         reductions: How often each gradient is reduced.
         gather, reduce: Bytes of one time each, on the sharding axis.
-        replicate: Bytes of one reduction over the replicas.
+        replicate: Bytes of the sum over the replicas, once a step.
     """
 
     gathers: int
@@ -164,7 +164,7 @@ def parameter_traffic(shape: Shape, stage: Stage, layout: Layout, workload: Work
         replicas = 2 * ring(p * cost.whole, layout.replicate_size)
         return ParameterTraffic(gathers=0, reductions=1, gather=0.0, reduce=2 * p * once, replicate=replicas)
     return ParameterTraffic(
-        gathers=rounds * (2 if layout.zero_stage == 3 and not pipelined else 1),
+        gathers=2 * rounds if layout.zero_stage == 3 and not pipelined else 1,
         reductions=1 if layout.zero_stage == 1 else rounds,
         gather=e * once,
         reduce=p * once,
@@ -193,10 +193,10 @@ def traffic_of_rank(
             sends["tp"] += m * 2 * ring(boundary * layout.sequence_split, layout.tensor_parallel_size) * is_end
         parameters = parameter_traffic(shape, stage, layout, workload)
         sends["fsdp"] += parameters.gathers * parameters.gather + parameters.reductions * parameters.reduce
-        sends["replicate"] += parameters.reductions * parameters.replicate
+        sends["replicate"] += parameters.replicate
         units = len(stage.layers) + 1
         operations["fsdp"] += units * (parameters.gathers + parameters.reductions)
-        operations["replicate"] += units * parameters.reductions
+        operations["replicate"] += units
         neighbours = (not stage.is_first) + (not stage.is_last)
         sends["pp"] += m * neighbours * boundary
         operations["pp"] += m * neighbours

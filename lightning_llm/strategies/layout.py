@@ -8,9 +8,9 @@ from typing import Literal, get_args
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_llm.errors import ConfigurationError
+from lightning_llm.planner.schedules import ScheduleKind, schedule_kind
 from lightning_llm.strategies.context import CONTEXT_METHODS, ContextMethod
 from lightning_llm.strategies.recompute import check_recompute
-from lightning_llm.strategies.schedules import ScheduleKind, schedule_kind
 from lightning_llm.strategies.sharding import ZeroStage
 from lightning_llm.strategies.stages import Split
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from lightning_llm.errors import ConfigurationError
+from lightning_llm.planner.dividing import divisors
 
 Size = int | Literal["auto"]
 
@@ -357,9 +357,3 @@ def check_size(name: str, size: object) -> None:
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         auto = ", or 'auto'" if name in AUTOMATIC else ""
         raise ConfigurationError(f"{name}={size!r} must be a whole number of at least 1{auto}.")
-
-
-def divisors(number: int) -> list[int]:
-    """All divisors of `number`, ascending."""
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    return sorted({*small, *(number // d for d in small)})

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.models.module import IGNORED
-from lightning_llm.strategies.schedules import schedule_kind
+from lightning_llm.planner.schedules import schedule_kind
 from lightning_llm.strategies.stages import follow_modes
 from lightning_llm.strategies.tensor import to_plain
 

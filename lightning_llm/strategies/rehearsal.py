@@ -1,6 +1,6 @@
 """One rank of a run without the others: its part of the real model, on the meta device, in a world that is faked.
 
-`lightning-llm plan --dry-run` calls it. It cuts as `LLM3DStrategy` does, with the same functions in the same order.
+`lightning-llm plan --dry-run` calls it. The model is cut by `parallelize`, as a run cuts it.
 """
 
 from __future__ import annotations
@@ -9,21 +9,19 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from lightning_llm import planner
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.models.config import DecoderConfig
 from lightning_llm.models.decoder import Decoder
-from lightning_llm.planner import Layout, Plan
+from lightning_llm.planner.memory import GIB
 from lightning_llm.strategies.checks import check_plan
-from lightning_llm.strategies.layout import Layout as StrategyLayout
+from lightning_llm.strategies.layout import Layout
 from lightning_llm.strategies.mesh import ParallelDims
 from lightning_llm.strategies.parallelize import parallelize
-
-DTYPES = {"bf16-mixed": torch.float32, "bf16-true": torch.bfloat16, "32-true": torch.float32}
-GIB = 1024**3
+from lightning_llm.strategies.precision import LLMPrecision
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,9 @@ class Rehearsal:
     parameter_bytes: int
 
 
-def rehearse(config: DecoderConfig, layout: Layout, precision: str = "bf16-mixed", pipeline_rank: int = 0) -> Rehearsal:
+def rehearse(
+    config: DecoderConfig, layout: planner.Layout, precision: str = "bf16-mixed", pipeline_rank: int = 0
+) -> Rehearsal:
     """Builds the first rank of a pipeline rank at the layout's world size. Nothing is allocated or sent.
 
     Args:
@@ -56,45 +56,38 @@ def rehearse(config: DecoderConfig, layout: Layout, precision: str = "bf16-mixed
     if dist.is_initialized():
         raise ConfigurationError("A dry run fakes its process group, so it must not run within a distributed run.")
     dims = ParallelDims(**layout.sizes())
-    rank = pipeline_rank * (dims.world_size // dims.pipeline_parallel_size)
+    rank = pipeline_rank * dims.ranks_per_stage
     dist.init_process_group("fake", rank=rank, world_size=dims.world_size, store=FakeStore())
     try:
-        return _cut(config, layout, dims, DTYPES[precision], rank)
+        return _cut(config, dims, strategy_layout(layout), LLMPrecision(precision), rank)
     finally:
         dist.destroy_process_group()
 
 
-def _cut(config: DecoderConfig, layout: Layout, dims: ParallelDims, dtype: torch.dtype, rank: int) -> Rehearsal:
-    settings = strategy_layout(layout)
-    meshes = dims.build("cpu", with_experts=config.num_moe_layers > 0, replicate_all=settings.replicates_all)
-    with torch.device("meta"):
-        model = Decoder(config).to(dtype)
-    plan = check_plan(model, dims, settings)
-    mp_policy = MixedPrecisionPolicy()
-    parallelize(model, plan, meshes, settings, device=torch.device("cpu"), mp_policy=mp_policy)
-    stored = [_local(parameter) for parameter in model.parameters()]
-    return Rehearsal(
-        rank, sum(part.numel() for part in stored), sum(part.numel() * part.element_size() for part in stored)
-    )
-
-
-def strategy_layout(layout: Layout) -> StrategyLayout:
+def strategy_layout(layout: planner.Layout) -> Layout:
     """The planner's layout in the strategy's terms."""
-    return StrategyLayout(
+    return Layout(
         zero_stage=layout.zero_stage,  # type: ignore[arg-type]
-        sequence_parallel=layout.sequence_parallel,
         pipeline_schedule=layout.pipeline_schedule,
-        pipeline_stages_per_rank=layout.stages_per_rank,
-        pipeline_split=layout.layers_per_stage or "even",
+        pipeline_stages_per_rank=layout.stages_per_rank if layout.pipeline_parallel_size > 1 else "auto",
+        pipeline_split="balanced" if layout.layers_per_stage is None else layout.layers_per_stage,
+        sequence_parallel=layout.sequence_parallel,
         recompute=layout.recompute,
     )
 
 
-def _local(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+def _cut(config: DecoderConfig, dims: ParallelDims, layout: Layout, precision: LLMPrecision, rank: int) -> Rehearsal:
+    with torch.device("meta"):
+        model = Decoder(config)
+    plan = check_plan(model, dims, layout)
+    meshes = dims.build("cpu", with_experts=bool(config.num_experts), replicate_all=layout.replicates_all)
+    precision.convert_module(model)
+    parallelize(model, plan, meshes, layout, device=torch.device("cpu"), mp_policy=precision.mp_policy)
+    shards = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return Rehearsal(rank, sum(p.numel() for p in shards), sum(p.numel() * p.element_size() for p in shards))
 
 
-def compare(config: DecoderConfig, plan: Plan) -> str:
+def compare(config: DecoderConfig, plan: planner.Plan) -> str:
     """A dry run of a plan's fullest rank, beside what was planned, in a few lines."""
     seen = rehearse(config, plan.layout, plan.workload.precision, plan.estimate.memory_rank)
     planned = plan.estimate.memory.parameters

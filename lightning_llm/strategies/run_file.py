@@ -61,6 +61,11 @@ def plan_of_run(
     dims = resolve_dims(model, strategy.sizes, world_size=per_node * nodes, devices_per_node=per_node)
     settings = strategy.layout
     made_plan = check_plan(model, dims, settings)
+    if settings.offload_parameters or (isinstance(settings.recompute, float) and settings.recompute < 1):
+        raise ConfigurationError(
+            "The planner has no figures for offload_parameters, nor for recompute as a memory budget: leave them out "
+            "to have the rest estimated."
+        )
     data = TokenDataModule(**config.data.as_dict())
     accumulate = trainer.accumulate_grad_batches
     data.check_batch_size(dims.data_parallel_size, accumulate)
@@ -86,7 +91,7 @@ def plan_of_run(
         pipeline_schedule=settings.schedule.name,
         stages_per_rank=stages_per_rank if ranks > 1 else 1,
         layers_per_stage=layers,
-        recompute=settings.recompute if not isinstance(settings.recompute, float) else "selective",
+        recompute=settings.recompute if isinstance(settings.recompute, str) else int(settings.recompute),
         microbatch_size=math.ceil(local / count),
         microbatches=count * accumulate,
     )

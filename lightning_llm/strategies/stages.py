@@ -15,6 +15,7 @@ from typing import Any, Literal
 from torch import nn
 
 from lightning_llm.errors import ConfigurationError
+from lightning_llm.planner.dividing import balanced_counts, even_counts
 from lightning_llm.strategies.plan import ParallelPlan
 
 Split = Literal["balanced", "even"] | Sequence[int] | Sequence[Sequence[str]]
@@ -69,35 +70,6 @@ def unit_costs(plan: ParallelPlan, model: nn.Module) -> list[int]:
 
 def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def even_counts(num_units: int, num_stages: int) -> list[int]:
-    """Numbers of units that differ by at most one; the outer stages, which have other modules too, get the smaller."""
-    small, longer = divmod(num_units, num_stages)
-    by_load = sorted(range(num_stages), key=lambda stage: (stage == num_stages - 1, stage == 0))
-    return [small + (by_load.index(stage) < longer) for stage in range(num_stages)]
-
-
-def balanced_counts(costs: Sequence[int], num_stages: int) -> list[int]:
-    """Numbers of units, at least one a stage, such that the largest stage costs as little as can be.
-
-    Dynamic programming over (stages, units); among cuts that are equal by their largest stage so far, the one with the
-    smaller sum of squares is kept, which evens out the others.
-    """
-    total = [0, *accumulate(costs)]
-    # best[end]: (largest stage, sum of squares, counts) of the units before `end`, cut into the stages so far
-    best: dict[int, tuple[int, int, tuple[int, ...]]] = {0: (0, 0, ())}
-    for stage in range(num_stages):
-        last_end = len(costs) - (num_stages - 1 - stage)
-        candidates: dict[int, tuple[int, int, tuple[int, ...]]] = {}
-        for start, (largest, squares, counts) in best.items():
-            for end in range(start + 1, last_end + 1):
-                cost = total[end] - total[start]
-                found = (max(largest, cost), squares + cost**2, (*counts, end - start))
-                if end not in candidates or found[:2] < candidates[end][:2]:
-                    candidates[end] = found
-        best = candidates
-    return list(best[len(costs)][2])
 
 
 def _counts_of_list(plan: ParallelPlan, model: nn.Module, num_stages: int, split: Sequence[Any]) -> list[int]:

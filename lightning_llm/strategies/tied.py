@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from lightning_llm.models.weights import WeightSource
+from lightning_llm.planner.schedules import ScheduleKind
 from lightning_llm.strategies.plan import ParallelPlan
-from lightning_llm.strategies.schedules import ScheduleKind
 
 
 class AliasedSource:

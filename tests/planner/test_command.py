@@ -23,7 +23,9 @@ def call(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize(("model", "devices"), [("llama3-8b", 8), ("llama3-70b", 512), ("llama3-405b", 4096)])
+@pytest.mark.parametrize(
+    ("model", "devices"), [("llama3-8b", 8), ("llama3-70b", 512), ("llama3-405b", 4096), ("mixtral-8x7b", 64)]
+)
 def test_the_four_sizes(model: str, devices: int, tmp_path: Path) -> None:
     done = call("--model", model, "--devices", devices, "--device", "h100", "--json", "--dry-run")
     assert done.returncode == 0, done.stderr

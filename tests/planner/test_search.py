@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.models.config import DecoderConfig
 from lightning_llm.planner import Options, Plan, Workload, choose_sizes, plan
+from lightning_llm.planner.schedules import schedule_kind
 from lightning_llm.planner.search import candidates, matrix_distance, matrix_row
-from lightning_llm.planner.timeline import refusal
 from lightning_llm.strategies.mesh import ParallelDims
-from lightning_llm.strategies.pipeline import choose_microbatches
 from tests.planner.shapes import h100s, shape_of
 
 
@@ -39,9 +38,9 @@ def test_every_candidate_is_a_layout_that_the_strategy_takes(
         assert layout.num_stages <= config.num_hidden_layers
         if layout.pipeline_parallel_size > 1:
             local = layout.microbatch_size * layout.microbatches
-            assert choose_microbatches(layout.microbatches, local, layout.pipeline_parallel_size)
-        arguments = (layout.pipeline_parallel_size, layout.stages_per_rank, layout.microbatches)
-        assert refusal(layout.pipeline_schedule, *arguments) is None
+            kind = schedule_kind(layout.pipeline_schedule)
+            ranks = layout.pipeline_parallel_size
+            assert kind.choose_microbatches(layout.microbatches, local, ranks, layout.stages_per_rank)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +60,8 @@ ROWS = [
     ("llama3-70b", 512, True),
     ("llama3-405b", 512, True),
     ("llama3-405b", 4096, True),
+    ("mixtral-8x7b", 64, True),
+    ("qwen3-30b-a3b", 64, False),
 ]
 
 

@@ -13,9 +13,9 @@ from lightning_llm.errors import ConfigurationError
 from lightning_llm.models.config import DecoderConfig
 from lightning_llm.models.decoder import Decoder
 from lightning_llm.models.presets import PRESETS
-from lightning_llm.planner.shape import Shape, Unit, Weight, cut_stages, even_layers, sizes_of
-from lightning_llm.strategies.pipeline import keep_stage, stage_units
+from lightning_llm.planner.shape import Shape, Unit, Weight, balanced_layers, cut_stages, sizes_of
 from lightning_llm.strategies.plan import plan_of
+from lightning_llm.strategies.stages import keep_stages, split_units
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -27,13 +27,20 @@ def test_the_whole_is_the_configurations_count(name: str) -> None:
     assert sum(unit.gathered(1, 1) for unit in (stage.root, *stage.layers)) == config.num_parameters()
 
 
-@given(st.integers(1, 160), st.integers(1, 64))
-def test_layers_are_shared_out_as_the_strategy_does(layers: int, stages: int) -> None:
-    if stages > layers:
-        with pytest.raises(ConfigurationError, match="more than the model's"):
-            even_layers(layers, stages)
-    else:
-        assert even_layers(layers, stages) == tuple(len(units) for units in stage_units(layers, stages))
+@pytest.mark.parametrize("name", ["llama3-8b", "llama3-405b", "qwen2.5-0.5b", "qwen3-30b-a3b"])
+@pytest.mark.parametrize("stages", [2, 3, 16])
+def test_layers_are_shared_out_as_the_strategy_does(name: str, stages: int) -> None:
+    with torch.device("meta"):
+        model = Decoder(DecoderConfig.preset(name))
+    plan = plan_of(model)
+    assert plan is not None
+    cut = split_units(plan, model, stages)
+    assert balanced_layers(Shape.of(model.config), stages) == tuple(len(units) for units in cut)
+
+
+def test_more_stages_than_layers_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="7 pipeline stages are more than the model's 6 layers"):
+        balanced_layers(Shape.of(DecoderConfig.preset("small")), 7)
 
 
 @pytest.mark.parametrize(
@@ -48,14 +55,15 @@ def test_layers_are_shared_out_as_the_strategy_does(layers: int, stages: int) ->
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_stages_hold_what_the_cut_model_holds(changes: dict[str, Any], stages: int) -> None:
     config = DecoderConfig.preset("small", **changes)
-    planned = cut_stages(Shape.of(config), even_layers(6, stages))
+    shape = Shape.of(config)
+    planned = cut_stages(shape, balanced_layers(shape, stages))
     for index in range(stages):
         with torch.device("meta"):
             model = Decoder(config)
         plan = plan_of(model)
         assert plan is not None
         if stages > 1:
-            keep_stage(model, plan, index, stages)
+            keep_stages(model, plan, [index], split_units(plan, model, stages))
         real = sum(parameter.numel() for parameter in model.parameters())
         assert sum(unit.gathered(1, 1) for unit in (planned[index].root, *planned[index].layers)) == real
 

@@ -15,11 +15,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from lightning_llm import Decoder, DecoderConfig
 from lightning_llm.errors import ConfigurationError
+from lightning_llm.planner.schedules import SCHEDULES, schedule_kind
 from lightning_llm.strategies.mesh import Meshes, ParallelDims
 from lightning_llm.strategies.optimization import align_gradients
 from lightning_llm.strategies.pipeline import MAX_SCHEDULES, Pipeline
 from lightning_llm.strategies.plan import ParallelPlan, plan_of
-from lightning_llm.strategies.schedules import SCHEDULES, schedule_kind
 from lightning_llm.strategies.sharding import apply_sharding
 from lightning_llm.strategies.stages import keep_stages, split_units
 from lightning_llm.strategies.tensor import apply_tensor_parallel, logits_context

@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor
 
 from lightning_llm import Decoder
 from lightning_llm.errors import ConfigurationError
+from lightning_llm.planner.schedules import SCHEDULES, ScheduleKind, schedule_kind
 from lightning_llm.strategies.mesh import ParallelDims
 from lightning_llm.strategies.plan import ParallelPlan, plan_of
-from lightning_llm.strategies.schedules import SCHEDULES, ScheduleKind, schedule_kind
 from lightning_llm.strategies.sharding import apply_sharding
 from lightning_llm.strategies.stages import (
     balanced_counts,

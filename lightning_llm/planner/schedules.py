@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_llm.errors import ConfigurationError
-from lightning_llm.strategies.mesh import divisors
+from lightning_llm.planner.dividing import divisors
 
 Placement = Literal["loop", "V"]
 

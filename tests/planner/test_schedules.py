@@ -17,8 +17,8 @@ from torch.distributed.pipelining._utils import generate_stage_to_rank_mapping
 from torch.distributed.pipelining.schedules import _Action, _ComputationType, get_schedule_class
 
 from lightning_llm.errors import ConfigurationError
+from lightning_llm.planner.schedules import SCHEDULES, ScheduleKind, schedule_kind
 from lightning_llm.strategies.mesh import divisors
-from lightning_llm.strategies.schedules import SCHEDULES, ScheduleKind, schedule_kind
 from tests.distributed import run_distributed
 
 KINDS = st.sampled_from(SCHEDULES)
