@@ -27,9 +27,9 @@ def choose_sizes(
     pipeline_schedule: str = "1F1B",
     tensor_parallel_size: int | None = None,
     pipeline_parallel_size: int | None = None,
-    context_parallel_size: int = 1,
+    context_parallel_size: int | None = 1,
     expert_parallel_size: int | None = 1,
-    replicate_size: int = 1,
+    replicate_size: int | None = 1,
 ) -> Layout:
     """Sizes for "auto": the fastest by estimate that fits, with everything else as the run has it.
 

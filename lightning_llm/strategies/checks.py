@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.strategies.context import check_context, check_ulysses
 from lightning_llm.strategies.layout import Layout
-from lightning_llm.strategies.mesh import IN_WORLD_SIZE, ParallelDims, Size, check_size, recommended_sizes
+from lightning_llm.strategies.mesh import ParallelDims
 from lightning_llm.strategies.plan import ParallelPlan, plan_of
 from lightning_llm.strategies.stages import split_units
 
@@ -35,40 +35,6 @@ def model_in_outline(module: LightningModule) -> nn.Module | None:
         return None
     with torch.device("meta"):
         return build_model()
-
-
-def resolve_dims(
-    model: nn.Module | None, sizes: Mapping[str, Size], *, world_size: int, devices_per_node: int
-) -> ParallelDims:
-    """The sizes of a run, with each "auto" decided from the model and the number of processes.
-
-    Args:
-        model: In outline; None where it is not known yet.
-        sizes: The arguments of `ParallelDims` by name, but for the world size.
-        world_size: Processes in all.
-        devices_per_node: Tensor parallelism stays within a node.
-    """
-    taken = 1
-    for name, size in sizes.items():
-        if size != "auto":
-            check_size(name, size)
-            taken *= size if name in IN_WORLD_SIZE else 1
-    chosen: dict[str, Any] = dict(sizes)
-    plan = plan_of(model) if model is not None else None
-    tensor, pipeline = 1, 1
-    if model is not None and plan is not None and "auto" in sizes.values():
-        tensor_auto = sizes.get("tensor_parallel_size") == "auto"
-        tensor, pipeline = recommended_sizes(
-            sum(parameter.numel() for parameter in model.parameters()),
-            max(1, world_size // taken),
-            devices_per_node,
-            tensor_divides=plan.tensor_divides.values() if plan.tensor_parallel and tensor_auto else (1,),
-            num_units=len(plan.units(model)) or 1,
-        )
-    for name, size in (("tensor_parallel_size", tensor), ("pipeline_parallel_size", pipeline)):
-        if chosen.get(name) == "auto":
-            chosen[name] = size
-    return ParallelDims.resolve(world_size, **chosen)
 
 
 def mark_as_cut(model: nn.Module) -> None:

@@ -60,8 +60,9 @@ class LLM3DStrategy(ProcessGrid):
 
     Args:
         data_parallel_size: Ranks with different samples; "auto" takes what the other axes leave.
-        tensor_parallel_size: Ranks that share each layer's matrices; "auto" goes by the model's size.
-        pipeline_parallel_size: Stages that share the layers; "auto" goes by the model's size.
+        tensor_parallel_size: Ranks that share each layer's matrices. Here and below "auto" is decided from the model,
+            the processes and, where the planner knows it, the device (see `lightning-llm plan`).
+        pipeline_parallel_size: Ranks that the layers are cut over, in stages.
         context_parallel_size: Ranks that share each sequence.
         expert_parallel_size: Ranks that share the experts of each layer. It divides data (without replicas) * context *
             tensor ranks, whose places it folds into its own.
@@ -95,8 +96,8 @@ class LLM3DStrategy(ProcessGrid):
         data_parallel_size: Size = "auto",
         tensor_parallel_size: Size = 1,
         pipeline_parallel_size: Size = 1,
-        context_parallel_size: int = 1,
-        expert_parallel_size: int = 1,
+        context_parallel_size: Size = 1,
+        expert_parallel_size: Size = 1,
         replicate_size: int = 1,
         zero_stage: ZeroStage = 3,
         pipeline_schedule: str = "1F1B",

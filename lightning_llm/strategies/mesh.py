@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -23,7 +22,6 @@ GRID_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 DENSE_AXES = ("pp", "dp_replicate", "fsdp", "tp")
 EXPERT_AXES = ("pp", "dp_replicate", "efsdp", "ep")
 IN_WORLD_SIZE = ("data_parallel_size", "tensor_parallel_size", "pipeline_parallel_size", "context_parallel_size")
-AUTOMATIC = ("data_parallel_size", "tensor_parallel_size", "pipeline_parallel_size")  # may be "auto" in a strategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,39 +313,6 @@ def _sharding_axes(mesh: DeviceMesh, axis: str) -> DeviceMesh:
     return mesh["dp_replicate", axis] if mesh["dp_replicate"].size() > 1 else mesh[axis]
 
 
-def recommended_sizes(
-    num_parameters: int,
-    world_size: int,
-    devices_per_node: int,
-    *,
-    tensor_divides: Iterable[int] = (),
-    num_units: int = 1,
-) -> tuple[int, int]:
-    """Tensor and pipeline sizes for a model of a size.
-
-    Data parallel below 7 billion parameters, then tensor parallel within a node, then pipeline stages, as large dense
-    models are trained in practice (https://arxiv.org/abs/2104.04473).
-
-    Args:
-        num_parameters: Of the whole model.
-        world_size: Processes in all.
-        devices_per_node: Tensor parallelism stays within a node, for its links.
-        tensor_divides: Numbers that the tensor size must divide (heads, intermediate size, ...).
-        num_units: Blocks that stages can share out.
-
-    Returns:
-        `(tensor_parallel_size, pipeline_parallel_size)`; the data ranks are what is left.
-    """
-    billions = num_parameters / 1e9
-    tensor = 1 if billions < 7 else 8
-    pipeline = 1 if billions < 30 else 4 if billions < 100 else 16
-    numbers = [world_size, devices_per_node, *tensor_divides]
-    tensor = max(size for size in range(1, tensor + 1) if all(number % size == 0 for number in numbers))
-    left = world_size // tensor
-    pipeline = max(size for size in range(1, min(pipeline, num_units) + 1) if left % size == 0)
-    return tensor, pipeline
-
-
 def check_size(name: str, size: object) -> None:
     """Refuses what is no number of ranks.
 
@@ -355,5 +320,5 @@ def check_size(name: str, size: object) -> None:
         ConfigurationError: naming the setting.
     """
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        auto = ", or 'auto'" if name in AUTOMATIC else ""
+        auto = "" if name == "replicate_size" else ", or 'auto'"
         raise ConfigurationError(f"{name}={size!r} must be a whole number of at least 1{auto}.")

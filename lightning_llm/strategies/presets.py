@@ -7,7 +7,9 @@ from lightning.fabric.strategies import _StrategyRegistry
 from lightning_llm.strategies.llm3d import LLM3DStrategy
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "llm3d": {"tensor_parallel_size": "auto", "pipeline_parallel_size": "auto"},
+    "llm3d": {"tensor_parallel_size": "auto", "pipeline_parallel_size": "auto", "expert_parallel_size": "auto"},
+    "llm3d_ddp": {"zero_stage": 0},
+    "llm3d_zero1": {"zero_stage": 1},
     "llm3d_zero2": {"zero_stage": 2},
     "llm3d_zero3": {"zero_stage": 3},
     "llm3d_tp2": {"tensor_parallel_size": 2},
@@ -15,6 +17,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llm3d_tp8": {"tensor_parallel_size": 8},
     "llm3d_pp2": {"pipeline_parallel_size": 2},
     "llm3d_pp4": {"pipeline_parallel_size": 4},
+    "llm3d_cp2": {"context_parallel_size": 2},
+    "llm3d_ep2": {"expert_parallel_size": 2},
+    "llm3d_ep8": {"expert_parallel_size": 8},
     "llm3d_tp2_pp2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
     "llm3d_tp8_pp4": {"tensor_parallel_size": 8, "pipeline_parallel_size": 4},
 }

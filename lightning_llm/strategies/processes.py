@@ -25,13 +25,13 @@ from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor, nn
 
+from lightning_llm.strategies.automatic import Workload, resolve_dims
 from lightning_llm.strategies.checks import (
     check_data,
     check_plan,
     check_sequence,
     compare_batches,
     model_in_outline,
-    resolve_dims,
     sequence_length,
 )
 from lightning_llm.strategies.launcher import ProcessLauncher, die_with_launcher, first_to_fail
@@ -106,8 +106,8 @@ class ProcessGrid(ParallelStrategy):
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
         die_with_launcher()
-        if "auto" not in (self.sizes["tensor_parallel_size"], self.sizes["pipeline_parallel_size"]):
-            self.dims = self._resolve_dims(None)
+        if all(size != "auto" for name, size in self.sizes.items() if name != "data_parallel_size"):
+            self.dims = self._resolve_dims(None, None)
         if not self.cluster_environment.creates_processes_externally:
             self._launcher = ProcessLauncher(
                 self.cluster_environment, self.num_processes, self.num_nodes, self._check_before_launch
@@ -124,7 +124,7 @@ class ProcessGrid(ParallelStrategy):
             return
         assert self.lightning_module is not None
         model = model_in_outline(self.lightning_module)
-        self.dims = self._resolve_dims(model)
+        self.dims = self._resolve_dims(model, datamodule)
         if model is not None:
             plan = check_plan(model, self.dims, self.layout)
             self._with_experts = plan is not None and plan.num_experts > 0 and self.dims.world_size > 1
@@ -139,12 +139,20 @@ class ProcessGrid(ParallelStrategy):
                 accumulate=trainer.accumulate_grad_batches,
             )
 
-    def _resolve_dims(self, model: nn.Module | None) -> ParallelDims:
+    def _resolve_dims(self, model: nn.Module | None, datamodule: pl.LightningDataModule | None) -> ParallelDims:
+        workload = Workload.on(
+            self.root_device,
+            layout=self.layout,
+            precision=str(self.precision_plugin.precision),
+            seq_len=getattr(datamodule, "seq_len", None),
+            global_batch=getattr(datamodule, "batch_size", None),
+        )
         return resolve_dims(
             model,
             self.sizes,
             world_size=self.num_nodes * self.num_processes,
             devices_per_node=self.num_processes,
+            workload=workload,
         )
 
     def setup_environment(self) -> None:

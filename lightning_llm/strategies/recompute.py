@@ -70,6 +70,7 @@ def apply_recompute(units: list[nn.Module], recompute: str | int | float) -> Non
     if isinstance(recompute, float) and recompute < 1:
         # Read by the partitioner when a block is compiled; there is no argument for it.
         torch._functorch.config.activation_memory_budget = recompute
+        torch._functorch.config.unsafe_treat_script_objects_as_zero_size = True  # meshes; they hold no activations
         return
     every = int(recompute) if isinstance(recompute, int | float) else 1
     keywords: dict[str, Any] = {"context_fn": _selective_contexts} if recompute == "selective" else {}

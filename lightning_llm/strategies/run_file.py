@@ -21,7 +21,8 @@ from lightning_llm.models.config import DecoderConfig
 from lightning_llm.models.decoder import Decoder
 from lightning_llm.models.module import LLMModule, resolve_config
 from lightning_llm.planner import Layout, Plan, plan
-from lightning_llm.strategies.checks import check_plan, check_sequence, resolve_dims
+from lightning_llm.strategies.automatic import resolve_dims
+from lightning_llm.strategies.checks import check_plan, check_sequence
 from lightning_llm.strategies.llm3d import LLM3DStrategy
 from lightning_llm.strategies.stages import split_units
 

@@ -14,17 +14,14 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_llm import Decoder, DecoderConfig, LLM3DStrategy
+from lightning_llm import LLM3DStrategy
 from lightning_llm.errors import ConfigurationError
-from lightning_llm.strategies.checks import resolve_dims
 from lightning_llm.strategies.mesh import (
-    AUTOMATIC,
     DENSE_AXES,
     EXPERT_AXES,
     GRID_AXES,
     ParallelDims,
     divisors,
-    recommended_sizes,
 )
 from tests.distributed import run_distributed
 from tests.strategies.training import SMALL, loader, make_module, make_trainer
@@ -184,48 +181,6 @@ def test_the_drawing_leaves_no_rank_out_unheard(dims: ParallelDims) -> None:
     assert len(shown) + (int(more[1]) if more else 0) == dims.world_size // per_row
     for row, first in zip(shown, range(0, dims.world_size, per_row), strict=False):
         assert f"stage {dims.coordinates(first)[0]}  data {dims.data_rank(first)} " in row
-
-
-@settings(deadline=None)
-@given(
-    num_parameters=st.integers(1, 10**12),
-    nodes=st.integers(1, 64),
-    devices_per_node=st.sampled_from([1, 2, 3, 4, 6, 8, 16]),
-    heads=st.integers(1, 128),
-    num_units=st.integers(1, 128),
-)
-def test_recommended_sizes_can_be_built(
-    num_parameters: int, nodes: int, devices_per_node: int, heads: int, num_units: int
-) -> None:
-    world_size = nodes * devices_per_node
-    tensor, pipeline = recommended_sizes(
-        num_parameters, world_size, devices_per_node, tensor_divides=[heads], num_units=num_units
-    )
-    dims = ParallelDims.resolve(world_size, tensor_parallel_size=tensor, pipeline_parallel_size=pipeline)
-    assert dims.world_size == world_size
-    assert heads % tensor == 0 and devices_per_node % tensor == 0 and pipeline <= num_units
-    if num_parameters < 7e9:
-        assert (tensor, pipeline) == (1, 1)
-
-
-def auto(preset: str, world_size: int, **given: Any) -> tuple[int, int, int]:
-    with torch.device("meta"):
-        model = Decoder(DecoderConfig.preset(preset))
-    sizes: dict[str, Any] = {**dict.fromkeys(AUTOMATIC, "auto"), **given}
-    dims = resolve_dims(model, sizes, world_size=world_size, devices_per_node=min(8, world_size))
-    return dims.data_parallel_size, dims.tensor_parallel_size, dims.pipeline_parallel_size
-
-
-def test_auto_goes_by_the_models_size_and_by_what_is_given() -> None:
-    assert auto("tiny", 8) == (8, 1, 1)
-    assert auto("llama3-8b", 16) == (2, 8, 1)
-    assert auto("llama3-70b", 64) == (2, 8, 4)
-    assert auto("llama3-405b", 256) == (2, 8, 16)
-    # A size that is given takes its ranks away from what "auto" may choose.
-    assert auto("llama3-8b", 8, pipeline_parallel_size=4) == (1, 2, 4)
-    assert auto("llama3-8b", 8, data_parallel_size=2) == (2, 4, 1)
-    assert auto("llama3-70b", 16, tensor_parallel_size=2) == (2, 2, 4)
-    assert auto("qwen2.5-7b", 8) == (2, 4, 1), "28 heads and 4 key-value heads leave 4"
 
 
 LAYOUTS: list[dict[str, int]] = [
