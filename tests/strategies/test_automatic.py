@@ -80,16 +80,16 @@ def planned(preset: str, world_size: int, layout: Layout, **sizes: Any) -> Paral
 
 
 def test_on_a_known_device_the_planner_decides() -> None:
-    full = Layout(recompute="full")
-    assert planned("llama3.2-1b", 8, full).data_parallel_size == 8
-    large = planned("llama3-70b", 512, full)
+    selective = Layout(recompute="selective")
+    assert planned("llama3.2-1b", 8, selective).data_parallel_size == 8
+    large = planned("llama3-70b", 512, selective)
     assert large.tensor_parallel_size > 1 and large.world_size == 512
-    fixed = planned("llama3-70b", 512, full, tensor_parallel_size=4)
+    fixed = planned("llama3-70b", 512, selective, tensor_parallel_size=4)
     assert fixed.tensor_parallel_size == 4
-    experts = planned("mixtral-8x7b", 64, full, expert_parallel_size="auto")
+    experts = planned("mixtral-8x7b", 64, selective, expert_parallel_size="auto")
     assert experts.expert_parallel_size > 1
     with pytest.raises(ConfigurationError, match="memory"):
-        planned("llama3-405b", 8, full)
+        planned("llama3-405b", 8, selective)
 
 
 def test_a_device_that_is_in_no_table_is_left_to_the_models_size() -> None:
