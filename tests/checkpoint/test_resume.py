@@ -13,6 +13,7 @@ from tests.distributed import run_distributed
 TP2 = {"tensor_parallel_size": 2}
 PP2 = {"pipeline_parallel_size": 2}
 TIED = CONFIG.replace(tie_word_embeddings=True)
+MUON = {"optimizer": "muon", "optimizer_state_dtype": "bfloat16"}
 
 
 def job(world_size: int, sizes: dict[str, Any], corpus: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -26,6 +27,9 @@ def job(world_size: int, sizes: dict[str, Any], corpus: Path, options: dict[str,
         pytest.param(2, {}, {"accumulate_grad_batches": 2}, id="dp2, accumulation"),
         pytest.param(4, {**TP2, **PP2}, {"config": TIED}, id="pp2 x tp2, tied"),
         pytest.param(8, {**TP2, **PP2}, {}, id="pp2 x dp2 x tp2"),
+        pytest.param(4, TP2, {"module_arguments": {"optimizer": "muon"}}, id="dp2 x tp2, Muon"),
+        pytest.param(4, {"pipeline_parallel_size": 4}, {"module_arguments": MUON}, id="pp4, Muon in bfloat16"),
+        pytest.param(2, {}, {"module_arguments": {"optimizer_state_dtype": "bfloat16"}}, id="dp2, AdamW in bfloat16"),
     ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(
@@ -83,6 +87,24 @@ def test_one_process_continues_in_three_dimensions(corpus: Path, tmp_path: Path)
     whole = run_distributed(job, 1, 1, {}, corpus, {"save_at": {3: tmp_path / "step-3"}, **options})
     results = run_distributed(job, 8, 8, {**TP2, **PP2}, corpus, {"resume": tmp_path / "step-3", **options})
     assert results[0]["losses"] == pytest.approx(whole[0]["losses"][3:], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "module_arguments",
+    [
+        pytest.param({"optimizer": "muon"}, id="Muon"),
+        pytest.param({"optimizer_state_dtype": "bfloat16"}, id="AdamW in bfloat16"),
+    ],
+)
+def test_other_optimizers_continue_in_another_layout(
+    corpus: Path, tmp_path: Path, module_arguments: dict[str, Any]
+) -> None:
+    options = {"module_arguments": module_arguments}
+    save_at = {3: tmp_path / "step-3"}
+    whole = run_distributed(job, 4, 4, {**TP2, **PP2}, corpus, {"save_at": save_at, **options})
+    for sizes in ({}, TP2):
+        results = run_distributed(job, 2, 2, sizes, corpus, {"resume": tmp_path / "step-3", **options})
+        assert results[0]["losses"] == pytest.approx(whole[0]["losses"][3:], abs=2e-3)
 
 
 def resume_and_report(corpus: Path, path: Path) -> str:
