@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Placement, Shard
+from torch.distributed.tensor import DTensor
 
 from lightning_llm.models.adamw import CastingAdamW, compute_dtype, local_gradient, store
 from lightning_llm.models.moe import local_tensor
@@ -25,14 +26,15 @@ class Muon(CastingAdamW):
     """Muon (https://kellerjordan.github.io/posts/muon/) for groups with `use_muon`, AdamW for the others.
 
     Muon steps along the nearest orthogonal matrix to the averaged gradient: all its directions count alike. The matrix
-    must be whole for that. `torch.optim.Muon` finds it for DTensors too, but multiplies shards, which takes 10 to 30
-    collectives for each matrix (torch 2.13), and every rank does all of the work. Here matrices of one shape are taken
-    as many at a time as ranks share them, one all-to-all per mesh axis gives each rank one whole matrix, and another
-    one gives each its shards of the results:
+    must be whole for that. `torch.optim.Muon` is right for DTensors too, but multiplies their shards, which takes 10 to
+    27 collectives per matrix (torch 2.13). Here matrices of one shape are taken as many at a time as ranks share them;
+    an all-to-all per mesh axis gives each rank a whole one, and another gives each its shards of the results. A step
+    costs, per rank:
 
-        traffic       sends and receives 2 bytes per element of its shards, there and back, per mesh axis
-                      (an axis that replicates sends nothing there, and gathers the results)
-        computation   6 products of the matrix with its smaller side per iteration, divided by all ranks that share it
+        traffic       2 bytes per element of its shards there and 2 back, for each axis that shards; an axis that
+                      replicates gathers the results
+        computation   5 iterations of 4 m^2 n + 2 m^3 operations per matrix (m the smaller side), divided by the ranks
+                      that share it
         memory        one whole matrix and its products, in bfloat16
 
     Stacked matrices `[experts, m, n]` are orthogonalised each by itself, by the ranks that hold the experts.
@@ -119,37 +121,69 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 def orthogonalize_shards(shards: list[Tensor], like: Tensor) -> list[Tensor]:
     """The ranks' shards of the orthogonalised matrices. Collective over the mesh of `like`.
 
+    Matrices are put together from shards in the order of ranks, which need not be that of their rows, and with zeros
+    where a shard is smaller than others. Neither matters: rows and columns of the result are permuted as the matrix's
+    are, and zero where it is.
+
     Args:
         shards: This rank's, of tensors `[m, n]` or `[experts, m, n]` that are sharded like `like`.
         like: A parameter; a plain tensor is whole.
     """
     stack = torch.stack(shards)
-    if not isinstance(like, DTensor):
-        return list(orthogonalize(stack.flatten(0, -3)).view_as(stack).unbind())
-    mesh = like.device_mesh
-    sharded, whole = _stacked_placements(like)
-    # Offloaded shards travel, and are multiplied, where the mesh is.
-    there = _stacked(stack.to(mesh.device_type), like, sharded, len(shards)).redistribute(placements=whole)
-    mine = there.to_local()
-    mine = orthogonalize(mine.flatten(0, -3)).view_as(mine)
-    back = _stacked(mine, like, whole, len(shards)).redistribute(placements=sharded)
-    return list(back.to_local().to(stack.device).unbind())
+    axes = _axes(like)
+    m, n = (math.ceil(like.shape[dim] / math.prod(axis.size for axis in axes if axis.dim == dim)) for dim in (-2, -1))
+    count = _round_up(len(shards), math.prod(axis.size for axis in axes))
+    padded = stack.new_zeros(count, *stack.shape[1:-2], m, n)
+    padded[_corner(stack)] = stack
+    if isinstance(like, DTensor):
+        padded = padded.to(like.device_mesh.device_type)  # offloaded shards travel, and are multiplied, on the device
+    for axis in axes:
+        padded = axis.deal(padded)
+    padded = orthogonalize(padded.flatten(0, -3)).view_as(padded)
+    for axis in reversed(axes):
+        padded = axis.give_back(padded)
+    return list(padded[_corner(stack)].to(stack.device).unbind())
 
 
-def _stacked(local: Tensor, like: DTensor, placements: Sequence[Placement], count: int) -> DTensor:
-    """A stack of `count` tensors like `like`, of which this rank has `local`."""
-    shape = torch.Size([count, *like.shape])
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(local, like.device_mesh, placements, run_check=False, shape=shape, stride=stride)
+class _Axis(NamedTuple):
+    """A mesh axis whose ranks share matrices."""
+
+    group: dist.ProcessGroup
+    size: int
+    rank: int
+    dim: int | None
+    """Which dim of the matrices they hold shards of, -2 or -1; None: they all hold the same."""
+
+    def deal(self, stack: Tensor) -> Tensor:
+        """Shards of `[count, ...]` -> `count / size` matrices that are whole along the axis."""
+        if self.dim is None:
+            return stack.chunk(self.size)[self.rank]
+        received = torch.empty_like(stack)
+        dist.all_to_all_single(received, stack.contiguous(), group=self.group)
+        return torch.cat(received.chunk(self.size), self.dim)
+
+    def give_back(self, stack: Tensor) -> Tensor:
+        """Undoes `deal`."""
+        if self.dim is None:
+            gathered = stack.new_empty(self.size * stack.shape[0], *stack.shape[1:])
+            dist.all_gather_into_tensor(gathered, stack.contiguous(), group=self.group)
+            return gathered
+        shards = torch.cat(stack.chunk(self.size, self.dim))
+        received = torch.empty_like(shards)
+        dist.all_to_all_single(received, shards, group=self.group)
+        return received
 
 
-def _stacked_placements(like: DTensor) -> tuple[Sequence[Placement], Sequence[Placement]]:
-    """Of a stack of tensors that are sharded like `like`, and of the same with the matrices dealt out whole."""
-    stacked = like.detach().unsqueeze(0)
-    assert isinstance(stacked, DTensor)
-    matrix_dims = (stacked.ndim - 2, stacked.ndim - 1)
-    whole = [Shard(0) if p.is_replicate() or getattr(p, "dim", None) in matrix_dims else p for p in stacked.placements]
-    return stacked.placements, whole
+def _axes(parameter: Tensor) -> list[_Axis]:
+    """The axes that matrices are dealt out over: all but those that experts are spread over."""
+    if not isinstance(parameter, DTensor):
+        return []
+    mesh, axes = parameter.device_mesh, []
+    for index, placement in enumerate(parameter.placements):
+        dim = None if placement.is_replicate() else getattr(placement, "dim") - parameter.ndim  # noqa: B009
+        if dim in (None, -2, -1) and mesh.size(index) > 1:
+            axes.append(_Axis(mesh.get_group(index), mesh.size(index), mesh.get_local_rank(index), dim))
+    return axes
 
 
 def _alike(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
@@ -159,17 +193,18 @@ def _alike(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
         place = (parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else None
         kinds[parameter.shape, parameter.dtype, place].append(parameter)
     for kind in kinds.values():
-        ranks = _ranks_sharing(kind[0])
+        ranks = math.prod(axis.size for axis in _axes(kind[0]))
         for start in range(0, len(kind), ranks):
             yield kind[start : start + ranks]
 
 
-def _ranks_sharing(parameter: Tensor) -> int:
-    """How many ranks a stack of tensors like this one can be dealt out to."""
-    if not isinstance(parameter, DTensor):
-        return 1
-    axes = zip(parameter.device_mesh.shape, *_stacked_placements(parameter), strict=True)
-    return math.prod(size for size, sharded, whole in axes if sharded != whole)
+def _corner(stack: Tensor) -> tuple[slice, ...]:
+    """Where a stack is in its padded copy."""
+    return tuple(slice(size) for size in stack.shape)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def _rate_ratio(adjust_lr_fn: AdjustLearningRate, shape: torch.Size) -> float:

@@ -64,6 +64,7 @@ def test_muon_in_float32(world_size: int, sizes: dict[str, Any]) -> None:
         pytest.param(2, EP2, MIXTURE, id="dp2, ep2"),
         pytest.param(4, EP2, MIXTURE, id="dp4, ep2 x efsdp2"),
         pytest.param(4, {**EP2, **TP2}, MIXTURE, id="dp2 x tp2, ep2 x efsdp2"),
+        pytest.param(4, EP2, MIXTURE.replace(moe_intermediate_size=15), id="dp4, ep2 x efsdp2, by experts"),
     ],
 )
 def test_muon_in_float64(world_size: int, sizes: dict[str, Any], config: Any) -> None:
@@ -73,4 +74,4 @@ def test_muon_in_float64(world_size: int, sizes: dict[str, Any], config: Any) ->
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_moments_in_bfloat16(optimizer: str) -> None:
-    compare(4, TP2, SMALL, {"optimizer": optimizer, "optimizer_state_dtype": "bfloat16"}, "32-true", 1e-3)
+    compare(4, TP2, SMALL, {"optimizer": optimizer, "optimizer_state_dtype": "bfloat16"}, "32-true", 1e-4)
