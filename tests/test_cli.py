@@ -128,6 +128,8 @@ def test_print_config_is_complete() -> None:
     for field in (
         "model:",
         "learning_rate:",
+        "optimizer_state_dtype: float32",
+        "adjust_lr_fn: match_rms_adamw",
         "data:",
         "batch_size:",
         "trainer:",

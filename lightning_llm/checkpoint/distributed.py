@@ -104,7 +104,7 @@ def load(path: Path, module: nn.Module, optimizers: list[Optimizer], aliases: Ma
 
     Raises:
         ConfigurationError: `path` is no such checkpoint, lacks tensors that the model has or has them in other shapes,
-            or holds weights alone where optimizers are to be restored.
+            or holds weights alone, or another optimizer's state, where optimizers are to be restored.
     """
     check(path)
     tensors: dict[str, Any] = {"model": model_state(module, aliases)}
@@ -131,6 +131,13 @@ def load(path: Path, module: nn.Module, optimizers: list[Optimizer], aliases: Ma
         raise ConfigurationError(
             f"{path} holds weights alone (it was saved with save_weights_only=True), so a run cannot go on from it. "
             "Use a whole checkpoint, or export this one and start anew from the exported folder."
+        )
+    absent = [f"{key}.{name}" for key, state in tensors.items() if key != "model" for name in state]
+    absent = [name for name in absent if name not in stored]
+    if absent:
+        raise ConfigurationError(
+            f"{path} lacks {len(absent)} entries of this optimizer's state, for example {absent[0]}: it was saved with "
+            "another optimizer. Go on with that one, or export the checkpoint and start anew from the exported folder."
         )
     dcp.load(tensors, checkpoint_id=path)
     for name, tensor in get_model_state_dict(module).items():

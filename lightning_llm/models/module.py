@@ -12,14 +12,12 @@ import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.models.config import DecoderConfig
@@ -27,10 +25,18 @@ from lightning_llm.models.decoder import Decoder
 from lightning_llm.models.expert_weights import PretrainedWeights
 from lightning_llm.models.initialization import RandomInit
 from lightning_llm.models.moe import Router
+from lightning_llm.models.muon import AdjustLearningRate
+from lightning_llm.models.optimizers import (
+    LearningRateFactor,
+    LearningRateSchedule,
+    OptimizerName,
+    OptimizerSettings,
+    Schedule,
+    StateDtype,
+)
 from lightning_llm.models.weights import WeightSource, load_weights
 
 IGNORED = -100
-Schedule = Literal["cosine", "wsd", "constant"]
 
 
 class LLMModule(LightningModule):
@@ -47,6 +53,13 @@ class LLMModule(LightningModule):
         weight_decay: Decoupled weight decay of matrices; norms and biases have none.
         betas: AdamW's moving-average factors.
         eps: AdamW's epsilon.
+        optimizer: "adamw", or "muon" for the matrices between hidden states and AdamW for the rest; see `Muon`.
+        optimizer_state_dtype: Of moments and momentum. "bfloat16" halves their memory; see `CastingAdamW`.
+        muon_learning_rate: Peak for Muon's matrices; None: `learning_rate`.
+        momentum: Muon's moving-average factor.
+        nesterov: Whether Muon looks one step ahead.
+        adjust_lr_fn: "match_rms_adamw" makes Muon's updates as large as AdamW's, so that one learning rate serves both;
+            "original" goes with a `muon_learning_rate` of its own, usually 0.02 or so.
         schedule: After the warm-up: "cosine" to the minimum, "wsd" (constant, then linear to the minimum over the last
             `decay_fraction`; https://arxiv.org/abs/2404.06395), or "constant".
         warmup_steps: Linear warm-up, optimizer steps.
@@ -70,6 +83,12 @@ class LLMModule(LightningModule):
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
+        optimizer: OptimizerName = "adamw",
+        optimizer_state_dtype: StateDtype = "float32",
+        muon_learning_rate: float | None = None,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        adjust_lr_fn: AdjustLearningRate = "match_rms_adamw",
         schedule: Schedule = "cosine",
         warmup_steps: int = 100,
         min_learning_rate_ratio: float = 0.1,
@@ -82,14 +101,20 @@ class LLMModule(LightningModule):
         super().__init__()
         if schedule not in ("cosine", "wsd", "constant"):
             raise ConfigurationError(f"schedule={schedule!r} must be one of cosine, wsd, constant.")
-        if learning_rate <= 0:
-            raise ConfigurationError(f"learning_rate={learning_rate} must be positive.")
         self.folder = Path(model) if isinstance(model, str) and Path(model).is_dir() else None
         self.config = resolve_config(model, vocab_size)
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.betas = betas
-        self.eps = eps
+        self.optimizer_settings = OptimizerSettings(
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            betas=betas,
+            eps=eps,
+            optimizer_state_dtype=optimizer_state_dtype,
+            muon_learning_rate=muon_learning_rate,
+            momentum=momentum,
+            nesterov=nesterov,
+            adjust_lr_fn=adjust_lr_fn,
+        )
         self.schedule = schedule
         self.warmup_steps = warmup_steps
         self.min_learning_rate_ratio = min_learning_rate_ratio
@@ -102,6 +127,7 @@ class LLMModule(LightningModule):
         self.save_hyperparameters(
             {
                 "model": self.config.to_dict(),
+                "optimizer": optimizer,
                 "learning_rate": learning_rate,
                 "weight_decay": weight_decay,
                 "schedule": schedule,
@@ -267,13 +293,12 @@ class LLMModule(LightningModule):
     # -- optimization --
 
     def configure_optimizers(self) -> Any:
-        """AdamW with decay on matrices only, and the schedule per optimizer step."""
-        matrices = [p for p in self.parameters() if p.requires_grad and p.ndim >= 2]
-        vectors = [p for p in self.parameters() if p.requires_grad and p.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": self.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        groups = [group for group in groups if group["params"]]
-        optimizer = AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=True)
-        scheduler = LambdaLR(optimizer, self._learning_rate_factor(self._total_steps()))
+        """The optimizer, with decay on matrices only, and the schedule per optimizer step."""
+        optimizer = self.optimizer_settings.build(self)
+        factor = LearningRateFactor(
+            self.schedule, self.warmup_steps, self._total_steps(), self.min_learning_rate_ratio, self.decay_fraction
+        )
+        scheduler = LearningRateSchedule(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(
@@ -309,35 +334,6 @@ class LLMModule(LightningModule):
                 "schedule='constant'."
             )
         return 0
-
-    def _learning_rate_factor(self, total: int) -> Any:
-        return LearningRateFactor(
-            self.schedule, self.warmup_steps, total, self.min_learning_rate_ratio, self.decay_fraction
-        )
-
-
-class LearningRateFactor:
-    """Learning rate as a fraction of its peak, by optimizer step. See `LLMModule` for the arguments."""
-
-    def __init__(self, schedule: Schedule, warmup: int, total: int, minimum: float, decay_fraction: float) -> None:
-        self.schedule = schedule
-        self.warmup = warmup
-        self.total = total
-        self.minimum = minimum
-        self.decay_fraction = decay_fraction
-
-    def __call__(self, step: int) -> float:
-        """The factor of step `step`, counted from 0."""
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        if self.schedule == "constant":
-            return 1.0
-        if self.schedule == "cosine":
-            progress = min(1.0, (step - self.warmup) / max(1, self.total - self.warmup))
-            return self.minimum + (1 - self.minimum) * 0.5 * (1 + math.cos(math.pi * progress))
-        decay = max(1, round(self.total * self.decay_fraction))
-        left = max(0, self.total - step)
-        return 1.0 if left >= decay else self.minimum + (1 - self.minimum) * left / decay
 
 
 def resolve_config(model: str | DecoderConfig, vocab_size: int | None = None) -> DecoderConfig:

@@ -34,6 +34,7 @@ def run(
     resume: Path | None = None,
     steps: int = STEPS,
     num_workers: int = 0,
+    module_arguments: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> dict[str, Any]:
     """Trains to `steps`, saving at the given steps; returns what this rank saw and its whole weights at the end."""
@@ -48,7 +49,7 @@ def run(
         val_check_interval=4,
         **arguments,
     )
-    module = LLMModule(config, learning_rate=3e-3, warmup_steps=2)
+    module = LLMModule(config, learning_rate=3e-3, warmup_steps=2, **(module_arguments or {}))
     data = TokenDataModule(corpus, batch_size=8, seq_len=32, num_workers=num_workers)
     trainer.fit(module, datamodule=data, ckpt_path=resume)
     return {

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from lightning_llm.errors import ConfigurationError
 from tests.checkpoint.runs import CONFIG, STEPS, run, weights_of_all
@@ -24,6 +25,7 @@ EXPERTS = CONFIG.replace(
     qk_norm=True,
     model_type="dots1",
 )
+MUON = {"optimizer": "muon", "optimizer_state_dtype": "bfloat16"}
 
 
 def job(world_size: int, sizes: dict[str, Any], corpus: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -39,6 +41,9 @@ def job(world_size: int, sizes: dict[str, Any], corpus: Path, options: dict[str,
         pytest.param(8, {**TP2, **PP2}, {}, id="pp2 x dp2 x tp2"),
         pytest.param(2, {**PP2, "pipeline_schedule": "ZBVZeroBubble"}, {"config": TIED}, id="both ends on one rank"),
         pytest.param(4, {**TP2, **EP4}, {"config": EXPERTS}, id="dp2 x tp2 x ep4"),
+        pytest.param(4, TP2, {"module_arguments": {"optimizer": "muon"}}, id="dp2 x tp2, Muon"),
+        pytest.param(4, {"pipeline_parallel_size": 4}, {"module_arguments": MUON}, id="pp4, Muon in bfloat16"),
+        pytest.param(2, {}, {"module_arguments": {"optimizer_state_dtype": "bfloat16"}}, id="dp2, AdamW in bfloat16"),
     ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(
@@ -123,9 +128,42 @@ def test_one_process_continues_in_three_dimensions(corpus: Path, tmp_path: Path)
     assert results[0]["losses"] == pytest.approx(whole[0]["losses"][3:], abs=1e-4)
 
 
-def resume_and_report(corpus: Path, path: Path) -> str:
+@pytest.mark.parametrize(
+    "module_arguments",
+    [
+        pytest.param({"optimizer": "muon"}, id="Muon"),
+        pytest.param({"optimizer_state_dtype": "bfloat16"}, id="AdamW in bfloat16"),
+    ],
+)
+def test_other_optimizers_continue_in_another_layout(
+    corpus: Path, tmp_path: Path, module_arguments: dict[str, Any]
+) -> None:
+    options = {"module_arguments": module_arguments}
+    save_at = {3: tmp_path / "step-3"}
+    whole = run_distributed(job, 4, 4, {**TP2, **PP2}, corpus, {"save_at": save_at, **options})
+    for sizes in ({}, TP2):
+        results = run_distributed(job, 2, 2, sizes, corpus, {"resume": tmp_path / "step-3", **options})
+        assert results[0]["losses"] == pytest.approx(whole[0]["losses"][3:], abs=1e-4)
+
+
+def test_another_optimizer_is_refused_and_another_type_of_state_is_not(corpus: Path, tmp_path: Path) -> None:
+    path = tmp_path / "step-3"
+    whole = run_distributed(job, 1, 1, {}, corpus, {"save_at": {3: path}})[0]
+    narrower = {"module_arguments": {"optimizer_state_dtype": "bfloat16"}}
+    kept = tmp_path / "kept"
+    resumed = run_distributed(job, 1, 1, {}, corpus, {"resume": path, "save_at": {4: kept}, **narrower})[0]
+    assert resumed["losses"] == pytest.approx(whole["losses"][3:], abs=1e-2)
+    for folder, dtype in ((path, torch.float32), (kept, torch.bfloat16)):
+        stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        moments = [found for name, found in stored.items() if ".exp_avg" in name]
+        assert moments and all(found.properties.dtype == dtype for found in moments)
+    message = run_distributed(resume_and_report, 1, corpus, path, {"optimizer": "muon"})[0]
+    assert "it was saved with another optimizer" in message and "momentum_buffer" in message
+
+
+def resume_and_report(corpus: Path, path: Path, module_arguments: dict[str, Any] | None = None) -> str:
     try:
-        run(1, {}, corpus, resume=path)
+        run(1, {}, corpus, resume=path, module_arguments=module_arguments)
     except ConfigurationError as error:
         return str(error)
     return ""

@@ -86,8 +86,8 @@ def test_on_a_known_device_the_planner_decides() -> None:
     assert large.tensor_parallel_size > 1 and large.world_size == 512
     fixed = planned("llama3-70b", 512, selective, tensor_parallel_size=4)
     assert fixed.tensor_parallel_size == 4
-    experts = planned("mixtral-8x7b", 64, selective, expert_parallel_size="auto")
-    assert experts.expert_parallel_size > 1
+    experts = planned("mixtral-8x7b", 64, selective, expert_parallel_size=8)
+    assert experts.expert_parallel_size == 8 and experts.world_size == 64
     with pytest.raises(ConfigurationError, match="memory"):
         planned("llama3-405b", 8, selective)
 

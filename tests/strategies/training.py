@@ -99,13 +99,18 @@ def loader(trainer: Trainer, strategy: LLM3DStrategy | None, accumulate: int = 1
 
 
 def train(
-    world_size: int, sizes: dict[str, Any], config: DecoderConfig = SMALL, accumulate: int = 1, **arguments: Any
+    world_size: int,
+    sizes: dict[str, Any],
+    config: DecoderConfig = SMALL,
+    accumulate: int = 1,
+    module_arguments: dict[str, Any] | None = None,
+    **arguments: Any,
 ) -> dict[str, Any]:
-    """One run in one layout; what this rank saw."""
+    """One run in one layout; what this rank saw. `arguments` are the Trainer's."""
     strategy = LLM3DStrategy(**sizes)
     recorder = Recorder()
     trainer = make_trainer(strategy, world_size, callbacks=[recorder], accumulate_grad_batches=accumulate, **arguments)
-    module = make_module(config)
+    module = make_module(config, **(module_arguments or {}))
     trainer.fit(module, loader(trainer, strategy, accumulate), loader(trainer, strategy, rows=16))
     return {
         "losses": recorder.losses,
