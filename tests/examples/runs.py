@@ -37,7 +37,6 @@ def train(make: Callable[[], pl.LightningModule], world_size: int, sizes: dict[s
     strategy, recorder = LLM3DStrategy(**sizes), Recorder()
     trainer = make_trainer(strategy, world_size, callbacks=[recorder], max_steps=8, precision="64-true")
     module = make()
-    module.double()
     trainer.fit(module, loader(trainer, strategy, ignore=False), loader(trainer, strategy, ignore=False, rows=16))
     return {
         "losses": recorder.losses,
