@@ -40,7 +40,7 @@ def train(options: argparse.Namespace) -> None:
         callbacks=[StepProgressBar()],
     )
     trainer.fit(module, datamodule=data)
-    trainer.save_checkpoint("runs/own_model/checkpoint")
+    trainer.save_checkpoint("runs/own_model/checkpoint", weights_only=False)
     if trainer.is_global_zero:
         print(f"val_loss {float(trainer.callback_metrics['val_loss']):.4f}; checkpoint in runs/own_model/checkpoint")
 

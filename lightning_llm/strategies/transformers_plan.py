@@ -1,7 +1,7 @@
 """The plan of a transformers model, derived from the plans that it brings along (`tp_plan`, `pp_plan`).
 
-`plan_of` asks `known_plan` about models without a plan of their own. transformers is imported only when a model of it is
-run. Read against transformers 5.23.
+`plan_of` asks `known_plan` about models without a plan of their own. transformers is imported only when a model of it
+runs. Read against transformers 5.23.
 """
 
 from __future__ import annotations
@@ -98,13 +98,13 @@ def forward_part(
     sequence_ranks: int = 1,
     **others: Any,
 ) -> Any:
-    """What `part`, a model of `FAMILIES` or a pipeline stage of one, computes; stands in for its forward once it is cut.
+    """What a model of `FAMILIES` or a pipeline stage of one computes; stands in for its forward once it is cut.
 
     transformers' own forward cannot go without the embedding or the norm, and takes the length of the sequence and the
     numbers of the layers from what it sees, which on a rank is a part of them.
 
     Args:
-        part: Absent parts are None; layers keep their numbers.
+        part: The model, with None in place of what other stages have; its layers keep their numbers.
         input_ids: Token ids `[batch, seq]`, or after the first stage hidden states
             `[batch, seq / sequence_ranks, hidden]`.
         attention_mask: See transformers; `[batch, seq]`, False for padding.
@@ -112,7 +112,7 @@ def forward_part(
         sequence_ranks: Among how many ranks hidden states are split along the sequence.
 
     Returns:
-        Of the whole model what its own forward returns, with logits alone. Of a stage a tensor: hidden states or logits.
+        Of the whole model what its own forward returns, with logits alone; of a stage hidden states or logits.
 
     Raises:
         ConfigurationError: It was called with what transformers' forward takes and this one does not.
