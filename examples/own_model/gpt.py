@@ -153,9 +153,7 @@ class GPTModule(pl.LightningModule):
         for needed, size in (("vocab_size", "vocab_size"), ("seq_len", "max_seq_len")):
             wanted, there = getattr(datamodule, needed, 0), self.hparams[size]
             if wanted > there:
-                raise ConfigurationError(
-                    f"The data's {needed} is {wanted}, but {size} is {there}. Raise it to {wanted}."
-                )
+                raise ConfigurationError(f"{size}({there}) is less than the data's {needed}({wanted}). Raise it.")
 
     # A pipeline calls the first two, once for each microbatch and for each batch, and runs in place of the third.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -65,14 +67,24 @@ def one_of_tied(copy: str, weights: dict[str, torch.Tensor]) -> str:
     return {"model.head.weight": "model.tokens.weight", "model.lm_head.weight": "model.model.embed_tokens.weight"}[copy]
 
 
-def script(*arguments: object, cwd: Path, timeout: int = 240) -> subprocess.CompletedProcess[str]:
-    """Runs an example with this interpreter and this checkout."""
+def call(command: str, cwd: Path, *, timeout: int = 280, **names: object) -> subprocess.CompletedProcess[str]:
+    """Runs a command that a README shows, with this interpreter and this checkout.
+
+    Args:
+        command: A line of a README, and options that make it small.
+        cwd: Looks like the root of the repository.
+        timeout: Seconds.
+        names: What stands for the words in capitals.
+    """
+    words = [str(names.get(word, word)) for word in shlex.split(command)]
+    program = {"python": [sys.executable], "lightning-llm": [sys.executable, "-m", "lightning_llm.cli"]}[words[0]]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
+        [*program, *words[1:]], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
     )
+
+
+def commands(example: str) -> list[str]:
+    """The commands that an example's README shows, in their order."""
+    text = (ROOT / "examples" / example / "README.md").read_text(encoding="utf-8")
+    return re.findall(r"^(?:python|lightning-llm) .*$", text, re.MULTILINE)

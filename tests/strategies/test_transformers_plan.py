@@ -127,7 +127,9 @@ def test_sizes_that_do_not_fit_are_refused(sizes: dict[str, int], message: str) 
 
 def test_a_cut_model_says_what_it_does_not_take() -> None:
     model, tokens = make("llama"), inputs("plain")["input_ids"]
-    with pytest.raises(ConfigurationError, match=r"LlamaForCausalLM that is cut .* not \['labels'\]\. Compute the loss"):
+    with pytest.raises(
+        ConfigurationError, match=r"LlamaForCausalLM that is cut .* not \['labels'\]\. Compute the loss"
+    ):
         forward_part(model, tokens, labels=tokens, use_cache=False)
 
 
