@@ -37,6 +37,7 @@ def test_the_script_trains_on_two_processes(root: Path, data: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # twice eight processes
 def test_the_commands_of_the_readme_run(root: Path) -> None:
     tokenize, script, cli = commands("own_model")
     for command in (tokenize, f"{script} {TINY}", f"{cli} {TINY_YAML}"):

@@ -88,17 +88,21 @@ TRAIN = "python examples/transformers_model/train.py fit -c examples/transformer
 TINY = "--trainer.max_steps 2 --trainer.val_check_interval 2 --data.batch_size 8 --data.seq_len 32"
 
 
+FEWER = "--trainer.devices 2 --trainer.strategy.init_args.tensor_parallel_size 1"
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # eight processes, each of which imports transformers
 def test_the_commands_of_the_readme_run(root: Path) -> None:
     tokenize, train, other, export, tokenize_again, from_folder = commands("transformers_model")
     assert train == TRAIN
     model = root / "runs/transformers_model/model"
-    for command in (tokenize, f"{train} {TINY}", f"{other} {TINY}", export):
+    for command in (tokenize, f"{train} {TINY}", f"{other} {TINY} --trainer.devices 2", export):
         done = call(command, root, PATH=STDLIB / "asyncio")
         assert done.returncode == 0, done.stderr
     logits = AutoModelForCausalLM.from_pretrained(model)(torch.arange(8)[None]).logits
     assert logits.shape == (1, 8, 4096)
-    for command in (tokenize_again, f"{from_folder} {TINY}"):
+    for command in (tokenize_again, f"{from_folder} {TINY} {FEWER}"):
         done = call(command.replace("FOLDER", str(model)), root, PATH=STDLIB / "asyncio")
         assert done.returncode == 0, done.stderr
 
