@@ -9,7 +9,12 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningDataModule, LightningModule
 
 USAGE_ERROR = 2
 INTERRUPTED = 130  # the shell's code for an end by Ctrl-C
@@ -270,24 +275,41 @@ def main() -> int:
     if name not in TRAINER_COMMANDS and name not in COMMANDS:
         print(f"lightning-llm: there is no command {name!r}\n\n{usage()}", file=sys.stderr)
         return USAGE_ERROR
+    return _answer(_run_trainer if name in TRAINER_COMMANDS else partial(_run_function, name, argv[1:]))
+
+
+def trainer_cli(module_class: type[LightningModule], data_class: type[LightningDataModule] | None = None) -> int:
+    """`fit`, `validate`, `test` and `predict` for a LightningModule of your own, as `lightning-llm` has them for ours.
+
+    LightningCLI with the strategy `llm3d`; a script is `sys.exit(trainer_cli(YourModule))`.
+
+    Args:
+        module_class: Its constructor's arguments are the fields under `model` in a YAML file.
+        data_class: Likewise under `data`; None is `TokenDataModule`.
+
+    Returns:
+        The exit code, as of `main`.
+    """
+    prog = Path(sys.argv[0]).name
+    return _answer(lambda: _run_trainer(module_class, data_class, prog), prog)
+
+
+def _answer(run: Callable[[], int], prog: str = "lightning-llm") -> int:
+    """Runs a command; says in one sentence what the user can change."""
     try:
         from lightning_llm.errors import ConfigurationError
 
         try:
-            return _run_trainer() if name in TRAINER_COMMANDS else _run_function(name, argv[1:])
+            return run()
         except ConfigurationError as error:
-            return _refuse(error)
+            print(f"{prog}: {error}", file=sys.stderr)
+            return USAGE_ERROR
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-
-
-def _refuse(error: Exception) -> int:
-    print(f"lightning-llm: {error}", file=sys.stderr)
-    return USAGE_ERROR
 
 
 def _run_function(name: str, arguments: list[str]) -> int:
@@ -297,8 +319,15 @@ def _run_function(name: str, arguments: list[str]) -> int:
     return command(**vars(parser_of(command).parse_args(arguments))) or 0
 
 
-def _run_trainer() -> int:
-    """LightningCLI, with our module and data. It reads sys.argv itself, as the processes that it launches do."""
+def _run_trainer(
+    module_class: type[LightningModule] | None = None,
+    data_class: type[LightningDataModule] | None = None,
+    prog: str = "lightning-llm",
+) -> int:
+    """LightningCLI, with our module and data unless told others.
+
+    It reads sys.argv itself, as the processes that it launches do.
+    """
     from lightning.pytorch.cli import LightningCLI
 
     from lightning_llm import LLMModule, TokenDataModule
@@ -306,12 +335,12 @@ def _run_trainer() -> int:
     for chatty in ("seed", "distributed"):  # a line from every rank
         logging.getLogger(f"lightning.fabric.utilities.{chatty}").setLevel(logging.WARNING)
     LightningCLI(
-        LLMModule,
-        TokenDataModule,
+        module_class or LLMModule,
+        data_class or TokenDataModule,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
         trainer_defaults={"strategy": "llm3d"},
-        parser_kwargs={"prog": "lightning-llm"},
+        parser_kwargs={"prog": prog},
     )
     return 0
 

@@ -6,6 +6,7 @@ llm3d.py calls `parallelize` with a run's real process groups, the planner's dry
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -83,6 +84,10 @@ def parallelize(
         return parts
 
     parts = Parts(stages=_stages(model, plan, meshes, layout))
+    if plan.forward is not None and dims.model_parallel_size > 1:
+        sequence_ranks = dims.tensor_parallel_size if layout.sequence_parallel else 1
+        for stage in parts.stages.values():
+            stage.forward = partial(plan.forward, stage, sequence_ranks=sequence_ranks)  # type: ignore[method-assign]
     if dims.context_parallel_size > 1:
         parts.context = ContextParallel(meshes.context, layout.context_parallel_method)
         for stage in parts.stages.values():

@@ -6,10 +6,10 @@ Models know nothing of parallelism. A plan names their parts; tensor.py, pipelin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import singledispatch
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -29,17 +29,23 @@ class ParallelPlan:
     Attributes:
         tensor_parallel: Module pattern -> tensor-parallel style (see `tensor.py`): `embedding`, `norm`, `head_norm`
             (a norm over each head), `projection_norm` (over all heads), `gather` (a block that needs the whole
-            sequence), `column`, `row`, `router` (of a mixture of experts), `vocabulary` (the output layer; its logits
-            stay split over the vocabulary). Experts need no style: tensor ranks share them as data ranks do.
+            sequence; its hidden states are its first argument, or the keyword `hidden_states`), `column`, `row`,
+            `router` (of a mixture of experts), `vocabulary` (the output layer; its logits stay split over the
+            vocabulary). Experts need no style: tensor ranks share them as data ranks do.
         tensor_divides: Label -> number that the tensor-parallel size must divide, checked before anything starts.
-        pipeline_first: Modules that only the first stage has.
-        pipeline_units: Name of the `nn.ModuleDict` of blocks that stages share out; its keys stay what they are, so
-            that parameter names do not depend on the layout.
+        pipeline_first: Modules that only the first stage has; the others have None in their place.
+        pipeline_units: Name of the `nn.ModuleList` or `nn.ModuleDict` of blocks that stages share out. The blocks of a
+            stage keep their numbers, so that parameter names do not depend on the layout: iterate over the container,
+            do not index it.
         pipeline_last: Modules that only the last stage has.
         tied: Pairs (owner, copy) of parameter names that are one tensor.
         attention_heads: `(heads, key-value heads)` of a model whose forward, and that of each of its pipeline stages,
             takes `positions` and `attention` as `Decoder.forward` does; None where a sequence cannot be cut.
         num_experts: Experts of each mixture layer (`models.moe.Experts`); 0 for a dense model.
+        forward: For a model whose own forward cannot run with parts missing or with a part of the sequence: called in
+            its place once the model is cut over pipeline or tensor ranks, as `forward(stage, x, *arguments,
+            sequence_ranks=n, **keywords)`. After the first stage x is hidden states, split among n ranks along the
+            sequence.
     """
 
     tensor_parallel: Mapping[str, TensorStyle] = field(default_factory=dict)
@@ -50,6 +56,7 @@ class ParallelPlan:
     tied: tuple[tuple[str, str], ...] = ()
     attention_heads: tuple[int, int] | None = None
     num_experts: int = 0
+    forward: Callable[..., Any] | None = None
 
     def check(self, model: nn.Module, dims: ParallelDims) -> None:
         """Refuses sizes that this model cannot be cut into.
@@ -118,8 +125,15 @@ class ParallelPlan:
 
 @singledispatch
 def plan_of(model: nn.Module) -> ParallelPlan | None:
-    """The plan of a model, or None: such a model trains under data parallelism alone."""
+    """The plan of a model, or None: such a model trains under data parallelism alone.
+
+    A model's own `parallel_plan` comes first; models of transformers have one derived from what they bring along.
+    """
+    from lightning_llm.strategies.transformers_plan import known_plan  # it builds a ParallelPlan
+
     plan = getattr(model, "parallel_plan", None)
+    if plan is None:
+        return known_plan(model)
     return plan() if callable(plan) else plan
 
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
-    PrepareModuleInput,
     RowwiseParallel,
     SequenceParallel,
     loss_parallel,
@@ -69,6 +69,31 @@ class ProjectionNorm(ReplicatedModule):
     def _prepare_inputs(_: nn.Module, inputs: tuple[torch.Tensor, ...], mesh: DeviceMesh) -> tuple[DTensor, ...]:
         split = (DTensor.from_local(x, mesh, (Shard(FEATURES_DIM),), run_check=False) for x in inputs)
         return tuple(x.redistribute(placements=(Replicate(),)) for x in split)
+
+
+class GatherSequence(ParallelStyle):
+    """A block's hidden states become one DTensor, replicated over the axis; other arguments pass as they are.
+
+    Hidden states are the first positional argument or, as transformers' blocks call each other, the keyword
+    `hidden_states` (torch's `PrepareModuleInput` wants to know beforehand which, and how many arguments there are).
+    """
+
+    def __init__(self, between: Placement) -> None:
+        super().__init__()
+        self.between = between
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def whole(x: torch.Tensor) -> DTensor:
+            split = DTensor.from_local(x, device_mesh, (self.between,), run_check=False)
+            return split.redistribute(placements=(Replicate(),))
+
+        def gather(_: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+            if args:
+                return (whole(args[0]), *args[1:]), keywords
+            return args, {**keywords, "hidden_states": whole(keywords["hidden_states"])}
+
+        module.register_forward_pre_hook(gather, with_kwargs=True)
+        return module
 
 
 def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, plan: ParallelPlan, *, sequence_parallel: bool) -> None:
@@ -133,7 +158,7 @@ def matches(name: str, pattern: str) -> bool:
 
 def _styles(sequence_parallel: bool) -> dict[TensorStyle, ParallelStyle]:
     """What each style of a plan does, with activations split over the sequence or replicated between the blocks."""
-    between = Shard(SEQUENCE_DIM) if sequence_parallel else Replicate()
+    between: Placement = Shard(SEQUENCE_DIM) if sequence_parallel else Replicate()
     return {
         "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=between),
         "norm": SequenceParallel(sequence_dim=SEQUENCE_DIM, use_local_output=True)
@@ -143,7 +168,7 @@ def _styles(sequence_parallel: bool) -> dict[TensorStyle, ParallelStyle]:
         "projection_norm": ProjectionNorm(),
         "router": RouterParallel(sequence_parallel),
         # The block's projections share one DTensor input: their gradients are summed before the one reduce-scatter.
-        "gather": PrepareModuleInput(input_layouts=(between,), desired_input_layouts=(Replicate(),)),
+        "gather": GatherSequence(between),
         "column": ColwiseParallel(),
         "row": RowwiseParallel(output_layouts=between),
         "vocabulary": ColwiseParallel(input_layouts=between, output_layouts=Shard(-1), use_local_output=False),
