@@ -78,16 +78,16 @@ def _bubbles(rows: list[dict[str, Any]]) -> Figure:
             elinewidth=1,
             label="measured: median, smallest to largest",
         )
-        for place, row in zip(places, shown, strict=True):
-            panel.text(place, -0.015, row["microbatches"], ha="center", va="top", fontsize=8)
+        panel.set_xticks(places, [row["microbatches"] for row in shown], fontsize=8)
         for name in dict.fromkeys(row["schedule"] for row in shown):
             own = [place for place, row in zip(places, shown, strict=True) if row["schedule"] == name]
-            panel.text(sum(own) / len(own), -0.085, name, ha="center", va="top", fontsize=8)
-        panel.set_xticks([])
-        panel.set_ylim(bottom=0)
-        panel.set_ylabel("share of the step")
+            label = name.replace("ZeroBubble", "\nZeroBubble")
+            below = panel.get_xaxis_transform()
+            panel.text(sum(own) / len(own), -0.14, label, ha="center", va="top", fontsize=8, transform=below)
+        panel.set_ylabel("share of step")
         panel.set_title(f"Waiting, {ranks} pipeline ranks; below each bar its microbatches", loc="left", fontsize=9)
     panels[0, 0].legend(frameon=False, loc="upper right")
+    panels[0, 0].set_ylim(0, 1.05 * max(row["mean_rank"]["max"] for row in rows))
     return figure
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from train_overhead import spread
 
 from lightning_llm.strategies.pipeline import Pipeline
 from lightning_llm.strategies.schedules import schedule_kind
@@ -238,11 +239,6 @@ def timeline(ranks: list[list[Step]]) -> list[list[Span]]:
         [span._replace(start=span.start - begin, end=span.end - begin) for span in spans]
         for spans, _, _ in steps[chosen]
     ]
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Smallest, middle and largest."""
-    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
 def _check_complete(case: Case, rank: int, spans: list[Span]) -> None:
