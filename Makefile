@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all check format bench docs clean
+.PHONY: help setup demo test test-all check format bench axes docs clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -68,6 +68,9 @@ format: setup ## put every file into the one format
 
 bench: setup ## what our strategy costs over a bare torch loop
 	@$(BIN)/python benchmarks/train_overhead.py
+
+axes: setup ## what each parallel axis costs: pipeline bubbles, bytes of every collective, both beside theory
+	@$(BIN)/python benchmarks/axes.py
 
 docs: setup ## the documentation, into site/
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
