@@ -24,10 +24,10 @@ import lightning
 import torch
 from bubbles import Case, run_steps, summarize, timeline
 from layout_traffic import TrafficCase, run_layout, summarize_traffic
-from lightning_llm.strategies.schedules import SCHEDULES
 from ranks import run_on_ranks
 
 from lightning_llm import DecoderConfig
+from lightning_llm.planner.schedules import SCHEDULES
 
 # Name, processes, and what `LLM3DStrategy` is told.
 LAYOUTS: tuple[tuple[str, int, dict[str, Any]], ...] = (

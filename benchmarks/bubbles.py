@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from lightning_llm.strategies.schedules import schedule_kind
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from train_overhead import spread
 
+from lightning_llm.planner.schedules import schedule_kind
 from lightning_llm.strategies.pipeline import Pipeline
 
 SEQ_LEN, HIDDEN = 64, 256  # a message between stages is [1, 64, 256] float32: 64 KiB

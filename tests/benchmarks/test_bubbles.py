@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from axes import bubble_cases
 from bubbles import Case, Span, Step, replay, run_steps, summarize, timeline
-from lightning_llm.strategies.schedules import schedule_kind
 
+from lightning_llm.planner.schedules import schedule_kind
 from tests.distributed import run_distributed
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning_llm.strategies.schedules import SCHEDULES, schedule_kind
 from torch import Tensor, nn
 
 from lightning_llm import Decoder
 from lightning_llm.checkpoint import distributed as checkpoint_format
+from lightning_llm.planner.schedules import SCHEDULES, schedule_kind
 from lightning_llm.strategies.mesh import ParallelDims
 from lightning_llm.strategies.plan import plan_of
 from lightning_llm.strategies.stages import keep_stages, split_units
