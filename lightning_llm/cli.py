@@ -301,8 +301,12 @@ def _answer(run: Callable[[], int], prog: str = "lightning-llm") -> int:
 
         try:
             return run()
-        except ConfigurationError as error:
-            print(f"{prog}: {error}", file=sys.stderr)
+        except ValueError as error:
+            # jsonargparse puts what a constructor refuses into a longer error of its own.
+            refused = error if isinstance(error, ConfigurationError) else ConfigurationError.latest
+            if refused is None or str(refused) not in str(error):
+                raise
+            print(f"{prog}: {refused}", file=sys.stderr)
             return USAGE_ERROR
     except KeyboardInterrupt:
         print(file=sys.stderr)

@@ -169,6 +169,16 @@ STRATEGY = "lightning_llm.LLM3DStrategy"
         ),
         pytest.param(2, ["--trainer.strategy=llm3d_tp2", "--data.seq_len=33"], r"sequence length\(33\)", id="sequence"),
         pytest.param(
+            2, ["--trainer.strategy=llm3d_cp2", "--data.seq_len=34"], r"nearest length that is: 3[26]", id="cp"
+        ),
+        pytest.param(2, ["--trainer.strategy=llm3d_ep2"], "Decoder has no experts", id="experts"),
+        pytest.param(
+            2,
+            [f"--trainer.strategy={STRATEGY}", "--trainer.strategy.pipeline_schedule=2F2B"],
+            "no pipeline schedule '2F2B'. Use one of GPipe",
+            id="schedule",
+        ),
+        pytest.param(
             2, ["--model.vocab_size=300"], "has 512 tokens, but the model's vocab_size is 300", id="vocabulary"
         ),
         pytest.param(2, ["--model.model=tinny"], "tinny", id="preset"),

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_llm._torch import all_gather_single
 from lightning_llm.models.adamw import CastingAdamW, compute_dtype, local_gradient, store
 from lightning_llm.models.moe import local_tensor
 
@@ -166,7 +167,7 @@ class _Axis(NamedTuple):
         """Undoes `deal`."""
         if self.dim is None:
             gathered = stack.new_empty(self.size * stack.shape[0], *stack.shape[1:])
-            dist.all_gather_into_tensor(gathered, stack.contiguous(), group=self.group)
+            all_gather_single(gathered, stack.contiguous(), group=self.group)
             return gathered
         shards = torch.cat(stack.chunk(self.size, self.dim))
         received = torch.empty_like(shards)

@@ -53,6 +53,8 @@ def check_plan(model: nn.Module, dims: ParallelDims, layout: Layout) -> Parallel
     plan = plan_of(model)
     if plan is not None:
         plan.check(model, dims)
+        if dims.context_parallel_size > 1:
+            check_rotary(model)
         if dims.pipeline_parallel_size > 1:
             split_units(plan, model, dims.pipeline_parallel_size * layout.stages_per_rank, layout.pipeline_split)
         if dims.context_parallel_size > 1 and layout.context_parallel_method == "ulysses":
@@ -66,6 +68,16 @@ def check_plan(model: nn.Module, dims: ParallelDims, layout: Layout) -> Parallel
             "with data parallelism alone."
         )
     return plan
+
+
+def check_rotary(model: nn.Module) -> None:
+    """Refuses rotary embeddings that change with the sequence's length, of which a context rank sees a part."""
+    scaling = getattr(getattr(model, "config", None), "rope_scaling", None) or {}
+    if isinstance(scaling, dict) and scaling.get("rope_type") in ("dynamic", "longrope"):
+        raise ConfigurationError(
+            f"context_parallel_size: the model's rope_scaling {scaling['rope_type']!r} depends on the length of the "
+            "sequence, of which each context rank has a part. Set context_parallel_size to 1."
+        )
 
 
 def check_data(datamodule: Any, dims: ParallelDims, layout: Layout, *, accumulate: int) -> None:

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_llm._torch import all_gather_single, reduce_scatter_single
+
 
 def gather_first_dim(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The ranks' tensors one after the other: `[n, ...]` -> `[ranks * n, ...]`; gradients are summed over the ranks."""
@@ -33,14 +35,14 @@ class _GatherFirstDim(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         gathered = x.new_empty((x.shape[0] * dist.get_world_size(group), *x.shape[1:]))
-        dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
+        all_gather_single(gathered, x.contiguous(), group=group)
         return gathered
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
         mine = gradient.new_empty((gradient.shape[0] // dist.get_world_size(ctx.group), *gradient.shape[1:]))
-        dist.reduce_scatter_tensor(mine, gradient.contiguous(), group=ctx.group)
+        reduce_scatter_single(mine, gradient.contiguous(), group=ctx.group)
         return mine, None
 
 

@@ -172,3 +172,11 @@ def test_what_a_refusal_suggests_is_accepted() -> None:
         assert check_plan(model, ParallelDims.resolve(4, tensor_parallel_size=size), Layout()) is not None
     with pytest.raises(ConfigurationError, match=r"num_key_value_heads\(2\)\. Sizes that this model allows: \[1, 2\]"):
         check_plan(model, ParallelDims.resolve(4, tensor_parallel_size=4), Layout())
+
+
+def test_rotary_embeddings_that_go_by_length_are_not_cut() -> None:
+    scaling = {"rope_type": "dynamic", "factor": 2.0}
+    with pytest.raises(ConfigurationError, match=r"rope_scaling 'dynamic' depends on the length"):
+        check_plan(
+            decoder(SMALL.replace(rope_scaling=scaling)), ParallelDims.resolve(2, context_parallel_size=2), Layout()
+        )
