@@ -118,45 +118,18 @@ FAST = ("dp2 zero3", "dp2 zero1", "dp2 zero0", "tp2", "pp2", "cp2 allgather", "c
 ABOVE_LEAST = {("cp2 ring", "send"): 4 / 3}
 
 
-def cases(names: list[str]) -> list[TrafficCase]:
-    return [
-        TrafficCase(
-            name=name,
-            ranks=ranks,
-            settings=settings,
-            config=EXPERTS if "expert_parallel_size" in settings else DENSE,
-            batch_size=8,
-            seq_len=32,
-        )
-        for name, ranks, settings in LAYOUTS
-        if name in names
-    ]
+LARGER = [name for name, _, _ in LAYOUTS if name not in FAST]
 
 
-def run_layouts(chosen: list[TrafficCase]) -> list[dict[str, Any]]:
-    return [run_layout(case) for case in chosen]
-
-
-def check_layouts(names: list[str]) -> None:
-    chosen = cases(names)
-    assert [case.name for case in chosen] == names
-    results = run_distributed(run_layouts, chosen[0].ranks, chosen, timeout=240)
-    for index, case in enumerate(chosen):
-        row = summarize_traffic(case, [rank[index] for rank in results])
-        for part in row["rows"]:
-            factor = ABOVE_LEAST.get((case.name, part["kind"]), 1.0)
-            beyond = part["sent"] - factor * part["least"]
-            assert -0.01 <= beyond <= BOOKKEEPING, (case.name, part)
-        if sys.platform == "linux":
-            calls = sum(part["calls"] for part in row["rows"])
-            assert abs(row["on_sockets"] - row["on_sockets_expected"]) <= OVERHEAD * calls, case.name
-
-
-def test_layouts_send_what_they_must() -> None:
-    check_layouts(list(FAST))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_other_layouts_send_what_they_must(ranks: int) -> None:
-    check_layouts([name for name, size, _ in LAYOUTS if size == ranks and name not in FAST])
+@pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGER)])
+def test_a_layout_sends_what_it_must(name: str) -> None:
+    ranks, settings = next((ranks, settings) for other, ranks, settings in LAYOUTS if other == name)
+    config = EXPERTS if "expert_parallel_size" in settings else DENSE
+    case = TrafficCase(name=name, ranks=ranks, settings=settings, config=config, batch_size=8, seq_len=32)
+    row = summarize_traffic(case, run_distributed(run_layout, ranks, case))
+    for part in row["rows"]:
+        factor = ABOVE_LEAST.get((name, part["kind"]), 1.0)
+        assert -0.01 <= part["sent"] - factor * part["least"] <= BOOKKEEPING, part
+    if sys.platform == "linux":
+        calls = sum(part["calls"] for part in row["rows"])
+        assert abs(row["on_sockets"] - row["on_sockets_expected"]) <= OVERHEAD * calls
