@@ -90,40 +90,49 @@ def least_traffic(work: Work) -> list[Term]:
     return [term for term in terms if term.sent]
 
 
-def _parameters(work: Work) -> tuple[float, float]:
-    """Bytes of what one rank's share of the model would be without sharding over data ranks: (dense, experts)."""
+def _parameters(work: Work) -> tuple[float, float, float]:
+    """Bytes of one rank's share of the model without sharding over data ranks: embedding, norm and head; blocks;
+    experts."""
     dims = work.dims
-    dense = experts = 0.0
+    ends = blocks = experts = 0.0
     for name, shape in work.config.parameter_shapes().items():
         size = math.prod(shape) * work.element_size / dims.pipeline_parallel_size
         if ".experts." in name:
             experts += size / dims.expert_parallel_size
         else:  # vectors and routers are whole on every tensor rank
             whole = len(shape) == 1 or name.endswith(".gate.weight")
-            dense += size if whole else size / dims.tensor_parallel_size
-    return dense, experts
+            local = size if whole else size / dims.tensor_parallel_size
+            if name.startswith("model.layers."):
+                blocks += local
+            else:
+                ends += local
+    return ends, blocks, experts
 
 
 def _data(work: Work) -> list[Term]:
-    """P bytes of parameters over n ranks: stage 3 gathers them for the forward and again for the backward, stages 1 and
-    2 (and any stage in a pipeline) once; gradients are reduced to the rank that needs them. Replicas all-reduce them.
+    """P bytes of parameters over n ranks: stage 3 gathers blocks for the forward and again for the backward, but what
+    is at both ends of the forward (embedding, norm, head) once, for the backward begins there. Stages 1 and 2 (and any
+    stage in a pipeline) gather once. Gradients are reduced to the rank that needs them. Replicas all-reduce them.
 
-    Stage 3: 3 (n - 1) / n * P; stages 1 and 2: 2 (n - 1) / n * P; replicas: 2 (n - 1) / n * P.
+    Stage 3: 3 (n - 1) / n * P for blocks, 2 (n - 1) / n * P for the ends, as for all in stages 1 and 2; replicas: 2 (n
+    - 1) / n * P.
     """
     dims = work.dims
     ranks = dims.data_parallel_size * dims.context_parallel_size
-    dense, experts = _parameters(work)
+    ends, blocks, experts = _parameters(work)
     gathers = 2 if work.layout.zero_stage == 3 and dims.pipeline_parallel_size == 1 else 1
     terms = []
-    for what, size, axis, n in (
-        ("parameters", dense, "fsdp", ranks),
-        ("experts", experts, "efsdp", ranks * dims.tensor_parallel_size // dims.expert_parallel_size),
+    of_experts = ranks * dims.tensor_parallel_size // dims.expert_parallel_size
+    for what, size, axis, n, times in (
+        ("embedding, norm and head", ends, "fsdp", ranks, 1),
+        ("blocks", blocks, "fsdp", ranks, gathers),
+        ("experts", experts, "efsdp", of_experts, gathers),
     ):
         replicas = n if work.layout.replicates_all else dims.replicate_size
         shards = n // replicas
         others = (shards - 1) / shards
         terms += [
-            Term(axis, "all_gather", gathers * others * size, f"{what}, {gathers} times", ZERO),
+            Term(axis, "all_gather", times * others * size, f"{what}, {times} times", ZERO),
             Term(axis, "reduce_scatter", others * size, f"gradients of {what}", ZERO),
             Term(
                 "dp_replicate",

@@ -254,13 +254,15 @@ class LLMModule(LightningModule):
 
     def _weigh_router_losses(self, sequences: int) -> None:
         """Has the auxiliary losses of this batch's sequences averaged as the loss is: over the batches of all ranks."""
-        assert self.model is not None
+        losses = getattr(self.model, "router_losses", None)  # a module of one's own may build another model
+        if losses is None:
+            return
         strategy, precision = self.trainer.strategy, self.trainer.precision_plugin
         scaler = getattr(precision, "scaler", None)
         loss_scale = getattr(precision, "loss_scale", None) or (scaler.get_scale() if scaler is not None else 1.0)
         ranks_per_sequence = getattr(strategy, "ranks_per_sequence", 1)
         parts = self.trainer.accumulate_grad_batches
-        self.model.router_losses.scale = loss_scale * ranks_per_sequence / (sequences * parts)
+        losses.scale = loss_scale * ranks_per_sequence / (sequences * parts)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Logs how balanced the experts are, over all ranks, and corrects the biases of routers that have them.
@@ -276,8 +278,9 @@ class LLMModule(LightningModule):
         for router in routers:
             if router.statistics is None:
                 continue
-            counts, *losses = (router.data_sum(x.double()) for x in router.statistics)
-            aux_loss, z_loss, sequences = losses
+            statistics = torch.cat([x.double().flatten() for x in router.statistics])
+            *counted, aux_loss, z_loss, sequences = router.data_sum(statistics).unbind()
+            counts = torch.stack(counted)
             sums += torch.stack(
                 [aux_loss / sequences, z_loss / sequences, counts.max() / counts.mean(), sums.new_ones(())]
             )

@@ -78,9 +78,11 @@ class _Ring(torch.autograd.Function):
         half = q.shape[2] // 2
         travelling = torch.stack([k, v])
         dq, dk, dv = (g.to(lse.dtype) for g in _differentiate(gradient, q, k, v, out, lse, causal=True, scale=scale))
-        d_travelling = torch.stack([dk, dv])  # goes around with the keys and values that it belongs to
+        # Gradients go around with the keys and values that they belong to; those of this rank's own wait at home.
+        d_travelling = torch.zeros_like(travelling, dtype=lse.dtype)
         for step in range(1, size):
-            travelling, d_travelling = _pass_on(travelling, group), _pass_on(d_travelling, group)
+            travelling = _pass_on(travelling, group)
+            d_travelling = _pass_on(d_travelling, group) if step > 1 else d_travelling
             keys, values = travelling
             if step <= rank:
                 dq_block, *d_block = _differentiate(
@@ -95,7 +97,8 @@ class _Ring(torch.autograd.Function):
                 )
                 dq[:, :, half:] += dq_block
                 d_travelling += torch.stack(d_block)
-        dk, dv = _pass_on(d_travelling, group)  # the last step home
+        from_others = _pass_on(d_travelling, group)  # the last step home
+        dk, dv = dk + from_others[0], dv + from_others[1]
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 
 

@@ -52,7 +52,8 @@ def apply_sharding(model: nn.Module, units: Iterable[nn.Module], sharding: Shard
     """
     for unit in units:
         sharding.apply(unit)
-    sharding.apply(model)
+    # What is left of the root is used at both ends of the forward: it stays gathered, for the backward begins with it.
+    sharding.apply(model, reshard_after_forward=False)
 
 
 def apply_expert_sharding(experts: Iterable[nn.Module], mesh: DeviceMesh, sharding: Sharding) -> None:
@@ -118,7 +119,8 @@ def shard_without_plan(module: nn.Module, sharding: Sharding) -> list[FSDPModule
                 )
     children = [child for child in module.children() if any(True for _ in child.parameters())]
     for child in children:
-        apply_sharding(child, blocks_of(child), sharding)
+        for part in (*blocks_of(child), child):
+            sharding.apply(part)
     return [child for child in children if isinstance(child, FSDPModule)]
 
 
