@@ -7,7 +7,7 @@ import math
 import subprocess
 import sys
 import sysconfig
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 from torchao.float8 import Float8TrainingTensor
 from torchao.float8.fsdp_utils import WeightWithDynamicFloat8CastTensor
 
@@ -288,16 +287,6 @@ def test_only_the_noise_is_silenced(caplog: pytest.LogCaptureFixture) -> None:
 # -- the same in every layout --
 
 
-class Recomputed(LLMModule):
-    """Each block's activations are computed again in the backward."""
-
-    def build_model(self) -> Decoder:
-        decoder = super().build_model()
-        for block in decoder.model.layers.values():
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        return decoder
-
-
 class FirstStep(Recorder):
     """Whole gradients of the first step, before they are clipped."""
 
@@ -315,12 +304,11 @@ def first_gradients(
     sizes: dict[str, Any],
     fp8: dict[str, Any] | None,
     precision: str = "64-true",
-    module_class: type[LLMModule] = LLMModule,
 ) -> dict[str, Tensor]:
     strategy, seen = LLM3DStrategy(**sizes), FirstStep()
     callbacks = [seen, *([FP8Precision(**fp8)] if fp8 is not None else [])]
     run = make_trainer(strategy, world_size, callbacks=callbacks, max_steps=1, precision=precision)
-    run.fit(module_class(CONFIG, warmup_steps=0), loader(run, strategy, ignore=False))
+    run.fit(LLMModule(CONFIG, warmup_steps=0), loader(run, strategy, ignore=False))
     if fp8 is not None:
         blocks = len(run.lightning_module.model.model.layers)
         assert len(converted_layers(run.lightning_module)) == 7 * blocks
@@ -369,6 +357,7 @@ def test_gradients_are_in_float8_and_near_those_of_high_precision(
         *(pytest.param(recipe, 2, TP2, id=f"{recipe}, tp2") for recipe in RECIPES),
         pytest.param("rowwise", 2, {}, id="rowwise, dp2"),
         pytest.param("rowwise", 2, PP2, id="rowwise, pp2"),
+        pytest.param("rowwise", 2, {"context_parallel_size": 2}, id="rowwise, cp2"),
         pytest.param("rowwise_with_gw_hp", 4, PP2, id="rowwise_with_gw_hp, pp2 x dp2", marks=pytest.mark.slow),
         pytest.param(
             "rowwise", 2, {**TP2, "sequence_parallel": False}, id="rowwise, tp2, whole sequence", marks=pytest.mark.slow
@@ -425,7 +414,7 @@ def test_every_precision_of_the_trainer(recipe: str, precision: str) -> None:
 def test_recomputed_activations_give_the_same_gradients(world_size: int, sizes: dict[str, Any]) -> None:
     fp8 = {"recipe": "rowwise"}
     kept = gradients_of(world_size, sizes, fp8, "32-true")
-    recomputed = gradients_of(world_size, sizes, fp8, "32-true", Recomputed)
+    recomputed = gradients_of(world_size, {**sizes, "recompute": "full"}, fp8, "32-true")
     assert all(torch.equal(recomputed[name], gradient) for name, gradient in kept.items())
 
 
