@@ -16,6 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.commands import call_forked
+
 COMMAND = Path(sys.executable).with_name("lightning-llm")
 STDLIB = Path(sysconfig.get_path("stdlib"))
 
@@ -123,7 +125,7 @@ trainer:
 
 
 def test_print_config_is_complete() -> None:
-    printed = call("fit", "--print_config")
+    printed = call_forked("fit", "--print_config")
     assert printed.returncode == 0
     for field in (
         "model:",
@@ -188,7 +190,7 @@ STRATEGY = "lightning_llm.LLM3DStrategy"
 def test_a_run_that_cannot_work_is_refused_before_it_starts(
     data: Path, tmp_path: Path, devices: int, options: list[str], message: str
 ) -> None:
-    done = call(*fit_arguments(data, tmp_path, devices), *options)
+    done = call_forked(*fit_arguments(data, tmp_path, devices), *options)
     assert done.returncode == 2, done.stderr
     assert re.search(message, done.stderr), done.stderr
     assert "Traceback" not in done.stderr
@@ -206,7 +208,7 @@ def test_a_run_that_cannot_work_is_refused_before_it_starts(
     ],
 )
 def test_wrong_arguments_end_with_2(arguments: list[str], message: str, tmp_path: Path) -> None:
-    done = call(*arguments)
+    done = call_forked(*arguments)
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
 

@@ -40,7 +40,7 @@ def job(world_size: int, sizes: dict[str, Any], corpus: Path, options: dict[str,
         pytest.param(4, {**TP2, **PP2}, {"config": TIED}, id="pp2 x tp2, tied"),
         pytest.param(8, {**TP2, **PP2}, {}, id="pp2 x dp2 x tp2"),
         pytest.param(2, {**PP2, "pipeline_schedule": "ZBVZeroBubble"}, {"config": TIED}, id="both ends on one rank"),
-        pytest.param(4, {**TP2, **EP4}, {"config": EXPERTS}, id="dp2 x tp2 x ep4"),
+        pytest.param(4, {**TP2, **EP4}, {"config": EXPERTS}, id="dp2 x tp2 x ep4", marks=pytest.mark.slow),
         pytest.param(4, TP2, {"module_arguments": {"optimizer": "muon"}}, id="dp2 x tp2, Muon"),
         pytest.param(4, {"pipeline_parallel_size": 4}, {"module_arguments": MUON}, id="pp4, Muon in bfloat16"),
         pytest.param(2, {}, {"module_arguments": {"optimizer_state_dtype": "bfloat16"}}, id="dp2, AdamW in bfloat16"),
@@ -101,9 +101,9 @@ def test_another_layout_continues_the_run(
 @pytest.mark.parametrize(
     ("world_size", "sizes"),
     [
-        pytest.param(1, {}, id="one process"),
+        pytest.param(1, {}, id="one process", marks=pytest.mark.slow),
         pytest.param(2, {"expert_parallel_size": 2}, id="dp2 x ep2"),
-        pytest.param(4, {**PP2, **TP2}, id="pp2 x tp2"),
+        pytest.param(4, {**PP2, **TP2}, id="pp2 x tp2", marks=pytest.mark.slow),
     ],
 )
 def test_experts_continue_in_another_layout(

@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+
+from tests.commands import call_forked
 
 RECIPES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_fits_and_is_built_as_planned(recipe: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "lightning_llm.cli",
-        "plan",
-        "--config",
-        str(recipe),
-        "--device",
-        "h100",
-        "--dry-run",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    done = call_forked("plan", "--config", recipe, "--device", "h100", "--dry-run")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     compared = re.search(r"dry run: .*\(([+-][\d.]+)%\)", done.stdout)
     assert compared is not None and abs(float(compared[1])) < 5, done.stdout

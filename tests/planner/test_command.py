@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,15 +12,9 @@ import pytest
 from lightning_llm.cli import main
 from lightning_llm.planner import Plan
 from lightning_llm.planner.memory import GIB
+from tests.commands import call_forked
 
-
-def call(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "lightning_llm.cli", "plan", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+call = partial(call_forked, "plan")
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from lightning_llm.strategies.mesh import Meshes, ParallelDims
 from lightning_llm.strategies.optimization import align_gradients
 from lightning_llm.strategies.pipeline import MAX_SCHEDULES, Pipeline
 from lightning_llm.strategies.plan import ParallelPlan, plan_of
-from lightning_llm.strategies.sharding import apply_sharding
+from lightning_llm.strategies.sharding import Sharding, apply_sharding
 from lightning_llm.strategies.stages import keep_stages, split_units
 from lightning_llm.strategies.tensor import apply_tensor_parallel, logits_context
 from lightning_llm.strategies.tied import add_tied_gradients, ends_group
@@ -85,14 +85,15 @@ class Run:
         kind, ranks = schedule_kind(schedule), self.dims.pipeline_parallel_size
         stages_per_rank = kind.resolve_stages_per_rank()
         cut = split_units(plan, self.model, ranks * stages_per_rank)
-        stages = keep_stages(self.model, plan, kind.stage_ids(self.meshes.stage, ranks, stages_per_rank), cut)
+        stages = keep_stages(self.model, plan, kind.stage_ids(self.meshes.pipeline_rank, ranks, stages_per_rank), cut)
         for module in stages.values():
             if self.dims.tensor_parallel_size > 1:
                 apply_tensor_parallel(module, self.meshes.tensor, plan, sequence_parallel=True)
             for unit in plan.units(module) if prepare is not None else ():
                 prepare(unit)
             if self.dims.data_parallel_size > 1:
-                apply_sharding(module, plan.units(module), self.meshes.sharding, reshard_after_forward=False)
+                sharding = Sharding(mesh=self.meshes.sharding, reshard_after_forward=False)
+                apply_sharding(module, plan.units(module), sharding)
         self.ends = ends_group(self.meshes.dense, kind)
         self.pipeline = Pipeline(
             stages, self.meshes.pipeline, CPU, schedule=schedule.lower(), microbatches=microbatches
@@ -333,7 +334,7 @@ def flow_of_pairs(schedule: str) -> float:
     kind, plan = schedule_kind(schedule), Pairs.parallel_plan
     stages_per_rank = kind.resolve_stages_per_rank()
     cut = split_units(plan, model, 2 * stages_per_rank)
-    stages = keep_stages(model, plan, kind.stage_ids(mesh.stage, 2, stages_per_rank), cut)
+    stages = keep_stages(model, plan, kind.stage_ids(mesh.pipeline_rank, 2, stages_per_rank), cut)
     pipeline = Pipeline(stages, mesh.pipeline, CPU, schedule=schedule)
     tokens = torch.arange(8 * 6).view(8, 6) % VOCAB
 

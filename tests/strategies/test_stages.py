@@ -21,7 +21,7 @@ from lightning_llm.errors import ConfigurationError
 from lightning_llm.planner.schedules import SCHEDULES, ScheduleKind, schedule_kind
 from lightning_llm.strategies.mesh import ParallelDims
 from lightning_llm.strategies.plan import ParallelPlan, plan_of
-from lightning_llm.strategies.sharding import apply_sharding
+from lightning_llm.strategies.sharding import Sharding, apply_sharding
 from lightning_llm.strategies.stages import (
     balanced_counts,
     even_counts,
@@ -267,7 +267,7 @@ def shard_views() -> None:
     plan = Nested.parallel_plan
     stages = keep_stages(model, plan, [0, 1, 2], split_units(plan, model, 3))
     for module in stages.values():
-        apply_sharding(module, plan.units(module), meshes.sharding, reshard_after_forward=False)
+        apply_sharding(module, plan.units(module), Sharding(mesh=meshes.sharding, reshard_after_forward=False))
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in whole.named_parameters()]
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     state = get_model_state_dict(model)
