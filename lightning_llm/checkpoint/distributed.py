@@ -107,10 +107,15 @@ def load(path: Path, module: nn.Module, optimizers: list[Optimizer], aliases: Ma
             or holds weights alone, or another optimizer's state, where optimizers are to be restored.
     """
     check(path)
-    tensors: dict[str, Any] = {"model": model_state(module, aliases)}
-    states = [get_optimizer_state_dict(module, optimizer, options=_FLAT) for optimizer in optimizers]
-    tensors |= {f"optimizer_{index}": _renamed(state, aliases) for index, state in enumerate(states)}
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    tensors: dict[str, Any] = {"model": model_state(module, aliases)}
+    for optimizer in optimizers:
+        optimizer.zero_grad()  # torch makes the states that are to be loaded only where there are no gradients
+    states = [get_optimizer_state_dict(module, optimizer, options=_FLAT) for optimizer in optimizers]
+    tensors |= {
+        f"optimizer_{index}": _started(_renamed(state, aliases), stored, f"optimizer_{index}")
+        for index, state in enumerate(states)
+    }
     missing = [name for name in tensors["model"] if f"model.{name}" not in stored]
     if missing:
         raise ConfigurationError(
@@ -147,7 +152,10 @@ def load(path: Path, module: nn.Module, optimizers: list[Optimizer], aliases: Ma
             tensor.copy_(loaded)
     for index, (optimizer, state) in enumerate(zip(optimizers, states, strict=True)):
         loaded = tensors[f"optimizer_{index}"]
-        back = {name: _own(loaded[_rename(name, aliases)], _rename(name, aliases) != name) for name in state}
+        back = {
+            name: _own(loaded.get(_rename(name, aliases), fresh), _rename(name, aliases) != name)
+            for name, fresh in state.items()
+        }
         set_optimizer_state_dict(module, optimizer, back, options=_FLAT)
     return trainer_state(path)
 
@@ -209,3 +217,14 @@ def _rename(name: str, aliases: Mapping[str, str]) -> str:
             if name == before + copy or name.startswith(f"{before}{copy}."):
                 return before + owner + name[len(before + copy) :]
     return name
+
+
+def _started(state: dict[str, Any], stored: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """An optimizer's state without that of parameters which no step had reached when the checkpoint was saved."""
+    prefix = f"{key}.state."
+    started = {name.removeprefix(prefix).rpartition(".")[0] for name in stored if name.startswith(prefix)}
+    return {
+        name: value
+        for name, value in state.items()
+        if not name.startswith("state.") or name.removeprefix("state.").rpartition(".")[0] in started
+    }

@@ -247,7 +247,8 @@ class LLMModule(LightningModule):
     def _log_evaluation(self, name: str, batch: Mapping[str, Tensor]) -> None:
         loss = self.forward_loss(batch)
         # Lightning weighs batches by this number when it averages over them.
-        tokens = int(self.loss_denominator(batch["labels"]).ceil())
+        ranks = getattr(self.trainer.strategy, "gradient_ranks", self.trainer.world_size)
+        tokens = round(float(self.loss_denominator(batch["labels"])) * ranks)
         self.log(name, loss, prog_bar=True, sync_dist=True, on_epoch=True, batch_size=max(1, tokens))
 
     # -- mixture of experts --
@@ -262,7 +263,8 @@ class LLMModule(LightningModule):
         loss_scale = getattr(precision, "loss_scale", None) or (scaler.get_scale() if scaler is not None else 1.0)
         ranks_per_sequence = getattr(strategy, "ranks_per_sequence", 1)
         parts = self.trainer.accumulate_grad_batches
-        losses.scale = loss_scale * ranks_per_sequence / (sequences * parts)
+        # A tensor: a strategy that weighs batches by their tokens multiplies it before the backward.
+        losses.scale = torch.tensor(loss_scale * ranks_per_sequence / (sequences * parts), device=self.device)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Logs how balanced the experts are, over all ranks, and corrects the biases of routers that have them.

@@ -118,7 +118,7 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
 
 def _filled(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     # A pipeline stage may have no parameters for a group, and checkpoints know a group by its first one.
-    return [group for group in groups if group["params"]]
+    return [group for group in groups if group["params"]] or groups[:1]  # or none at all, where all is frozen
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -49,7 +49,10 @@ class ExpertParallel(ParallelStyle):
     @staticmethod
     def _shard(_: str, module: nn.Module, mesh: DeviceMesh) -> None:
         for name, parameter in module.named_parameters(recurse=False):
-            module.register_parameter(name, nn.Parameter(distribute_tensor(parameter, mesh, [Shard(0)])))
+            module.register_parameter(
+                name,
+                nn.Parameter(distribute_tensor(parameter, mesh, [Shard(0)]), requires_grad=parameter.requires_grad),
+            )
 
     def _dispatch(self, module: Any, inputs: tuple[Tensor, Tensor], mesh: DeviceMesh) -> tuple[Tensor, Tensor]:
         tokens, counts = inputs
@@ -124,7 +127,10 @@ class RouterParallel(ParallelStyle):
         assert isinstance(module, Router)
         module.local = self._local
         # The weight alone: the bias is added to plain scores.
-        module.weight = nn.Parameter(distribute_tensor(module.weight, device_mesh, [Replicate()]))
+        weight = module.weight
+        module.weight = nn.Parameter(
+            distribute_tensor(weight, device_mesh, [Replicate()]), requires_grad=weight.requires_grad
+        )
         return module
 
     def _local(self, weight: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ each axis is a file of its own.
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from lightning_llm.errors import ConfigurationError
+from lightning_llm.models.module import LLMModule
 from lightning_llm.models.weights import load_weights
 from lightning_llm.strategies.checks import check_plan, mark_as_cut
 from lightning_llm.strategies.context import SEQUENCE_DIM, ContextMethod
@@ -39,7 +40,7 @@ from lightning_llm.strategies.parallelize import Parts, parallelize
 from lightning_llm.strategies.pipeline import Pipeline
 from lightning_llm.strategies.plan import ParallelPlan
 from lightning_llm.strategies.precision import LLMPrecision
-from lightning_llm.strategies.sharding import ZeroStage, local_shard, set_accumulation
+from lightning_llm.strategies.sharding import ZeroStage, local_shard, reshard_all, set_accumulation
 from lightning_llm.strategies.stages import Split
 from lightning_llm.strategies.state import ShardedState
 from lightning_llm.strategies.tensor import logits_context, retie, to_plain
@@ -142,6 +143,8 @@ class LLM3DStrategy(ShardedState):
         self._gradient_norm: Tensor | None = None
         self._tokens = AccumulatedTokens()
         self._denominator: Tensor | None = None
+        self._one_norm = True  # whether each optimizer step is about all parameters
+        self._splits_logits = False
 
     # -- the model --
 
@@ -160,8 +163,11 @@ class LLM3DStrategy(ShardedState):
             self._parallelized = self.lightning_module
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
+            reshard_all(self.lightning_module)
+            self._tokens = AccumulatedTokens()
             self._reset_optimizers_and_schedulers()
             self.setup_optimizers(trainer)
+            self._one_norm = self.reduce_boolean_decision(self._optimizers_have_all())
         self.setup_precision_plugin()
         if self.pipeline is not None:
             PipelineOptimization.install(trainer)
@@ -185,6 +191,7 @@ class LLM3DStrategy(ShardedState):
                 f"{type(module).__name__} has a parallel_plan but no `model`. Put the network into self.model, and the "
                 "plan on it."
             )
+        self._check_others(module, target)
         self.precision_plugin.convert_module(target)
         built = not any(parameter.is_meta for parameter in target.parameters())
         if built:
@@ -197,7 +204,7 @@ class LLM3DStrategy(ShardedState):
             device=self.root_device,
             mp_policy=self.precision_plugin.mp_policy,
         )
-        if dims.world_size > 1:
+        if dims.world_size > 1 or self.parts.roots:
             mark_as_cut(target)
         if plan is not None and dims.pipeline_parallel_size > 1:
             self._build_pipeline(module, plan)
@@ -206,6 +213,29 @@ class LLM3DStrategy(ShardedState):
             self._materialize(module, target)
         elif self.layout.offload_parameters is None:
             target.to(self.root_device)
+        self._place_the_rest(module, target)
+
+    def _check_others(self, module: pl.LightningModule, target: nn.Module) -> None:
+        """Refuses parameters that would be trained on each rank by itself."""
+        cut = {id(parameter) for parameter in target.parameters()}
+        outside = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in cut]
+        if outside and self.meshes.dims.world_size > 1:
+            raise ConfigurationError(
+                f"{type(module).__name__} has parameters beside self.model, for example {outside[:3]}, which no rank "
+                "would share with the others. Put them into self.model and its plan, or freeze them."
+            )
+
+    def _place_the_rest(self, module: pl.LightningModule, target: nn.Module) -> None:
+        """Buffers, and modules beside the model, go where the computation is."""
+        for part in target.modules():
+            for name, buffer in part._buffers.items():
+                if buffer is not None:
+                    part._buffers[name] = buffer.to(self.root_device)
+        if target is not module:
+            for child in module.children():
+                if child is not target:
+                    child.to(self.root_device)
+        module._device = self.root_device  # what `LightningModule.to` would note (lightning 2.6)
 
     def _build_pipeline(self, module: pl.LightningModule, plan: ParallelPlan) -> None:
         assert self.parts is not None
@@ -219,6 +249,11 @@ class LLM3DStrategy(ShardedState):
                 raise ConfigurationError(
                     f"A pipeline needs {type(module).__name__}.{name}(); see lightning_llm.LLMModule for what it does."
                 )
+        if isinstance(module, LLMModule) and type(module).forward_loss is not LLMModule.forward_loss:
+            raise ConfigurationError(
+                f"{type(module).__name__} overrides forward_loss(), which a pipeline replaces by its schedule. "
+                "Override loss(), which it calls for each microbatch."
+            )
         self.pipeline = Pipeline(
             self.parts.stages,
             self.meshes.pipeline,
@@ -268,13 +303,22 @@ class LLM3DStrategy(ShardedState):
 
     # -- the step --
 
-    def _logits_context(self) -> AbstractContextManager[None]:
-        return logits_context() if self.meshes.dims.tensor_parallel_size > 1 else nullcontext()
+    @contextmanager
+    def _logits_context(self) -> Generator[None, None, None]:
+        if self.meshes.dims.tensor_parallel_size == 1 or self._splits_logits:  # within manual_backward it is on already
+            yield
+            return
+        self._splits_logits = True
+        try:
+            with logits_context():
+                yield
+        finally:
+            self._splits_logits = False
 
     def _share(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """A step's arguments with the batch checked and cut to what this rank computes of it."""
         batch, *rest = arguments
-        self.check_first_batch(batch)
+        self.check_batch(batch)
         if self.parts is not None and self.parts.context is not None:
             batch = self.parts.context.shard_batch(batch)
         return (batch, *rest)
@@ -329,7 +373,7 @@ class LLM3DStrategy(ShardedState):
         """Backward and its hooks; after a pipeline's schedule the hooks alone."""
         if self.pipeline is None:
             if self._denominator is not None and self._accumulates:
-                closure_loss = closure_loss * self._tokens.add(self._denominator)
+                closure_loss = closure_loss * self._weight(self._denominator)
             with self._logits_context():
                 return super().backward(closure_loss, optimizer, *args, **kwargs)
         assert self.lightning_module is not None
@@ -349,11 +393,11 @@ class LLM3DStrategy(ShardedState):
             # Lightning divides the loss after the step; gradients made inside the step must be divided here.
             factor = self.precision_plugin.loss_scale / module.trainer.accumulate_grad_batches
             if self._accumulates:
-                factor = factor * self._tokens.add(denominator)
+                factor = factor * self._weight(denominator)
         loss = self.pipeline.run(
             batch["input_ids"],
             batch["labels"],
-            lambda output, target: module.loss(output, target) * (factor / denominator),
+            lambda output, target: module.loss(output, target) / denominator * factor,
             **getattr(module, "model_keywords", lambda _: {})(batch),
         )
         self._scheduled_loss = loss / factor
@@ -398,12 +442,35 @@ class LLM3DStrategy(ShardedState):
         if weight is not None:
             scale_gradients(self.lightning_module.parameters(), weight)
 
-    def gradient_norm(self) -> Tensor:
-        """Euclidean norm of all gradients over every axis, equal on all ranks; as they were before any clipping."""
+    def _weight(self, tokens: Tensor) -> Tensor:
+        """Of a batch among those of one optimizer step; its routers' losses get it too."""
+        weight = self._tokens.add(self.reduce(tokens, reduce_op="mean"))
+        scale = getattr(getattr(getattr(self.lightning_module, "model", None), "router_losses", None), "scale", None)
+        if isinstance(scale, Tensor):
+            scale.mul_(weight)
+        return weight
+
+    def gradient_norm(self, parameters: list[nn.Parameter] | None = None) -> Tensor:
+        """Euclidean norm of gradients over every axis, equal on all ranks; as they were before any clipping.
+
+        Args:
+            parameters: Of these; None, or where one optimizer has all: of all, computed once a step.
+        """
+        ranks = self.meshes.dims.ranks_per_stage
+        if parameters is not None and not self._one_norm:
+            wanted = {id(parameter) for parameter in parameters}
+            return gradient_norm([p for p in self._owned() if id(p) in wanted], ranks, self.root_device)
         if self._gradient_norm is None:
-            ranks = self.meshes.dims.ranks_per_stage
             self._gradient_norm = gradient_norm(self._owned(), ranks, self.root_device)
         return self._gradient_norm
+
+    def _optimizers_have_all(self) -> bool:
+        """Whether this rank's trainable parameters are all in one optimizer."""
+        assert self.lightning_module is not None
+        trainable = {id(parameter) for parameter in self.lightning_module.parameters() if parameter.requires_grad}
+        return len(self.optimizers) == 1 and trainable <= {
+            id(parameter) for group in self.optimizers[0].param_groups for parameter in group["params"]
+        }
 
     def _owned(self) -> list[nn.Parameter]:
         """This rank's parameters without the last stage's copies of tensors that the first stage owns."""

@@ -98,7 +98,8 @@ class AccumulatedTokens:
     def add(self, tokens: Tensor) -> Tensor:
         """Takes up a batch of so many tokens; returns the weight of its mean loss."""
         if self._first is None or self._total is None:
-            self._first, self._total = tokens, tokens
+            # A batch without any is possible; whatever the first is, it cancels out in the end.
+            self._first, self._total = tokens.clamp(min=1), tokens
         else:
             self._total = self._total + tokens
         return tokens / self._first

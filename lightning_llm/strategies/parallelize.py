@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
 
+from lightning_llm.errors import ConfigurationError
 from lightning_llm.models.moe import Experts
 from lightning_llm.strategies.compile import apply_compile
 from lightning_llm.strategies.context import ContextParallel
@@ -24,6 +25,7 @@ from lightning_llm.strategies.sharding import (
     Sharding,
     apply_expert_sharding,
     apply_sharding,
+    blocks_of,
     shard_without_plan,
 )
 from lightning_llm.strategies.stages import keep_stages, split_units
@@ -77,8 +79,10 @@ def parallelize(
     sharded = dims.gradient_ranks > 1 or mp_policy.param_dtype is not None or layout.offload_parameters is not None
     if plan is None:
         parts = Parts(stages={0: model})
+        blocks = [block for child in model.children() for block in blocks_of(child)]
+        apply_recompute(blocks, layout.recompute)
         if layout.compile:
-            apply_compile([model])
+            apply_compile(blocks or list(model.children()))
         if sharded:
             parts.roots = shard_without_plan(model, sharding)
         return parts
@@ -96,6 +100,11 @@ def parallelize(
         for stage in parts.stages.values():
             apply_tensor_parallel(stage, meshes.tensor, plan, sequence_parallel=layout.sequence_parallel)
     experts = experts_of(model)
+    if experts and meshes.expert is None and dims.world_size > 1:
+        raise ConfigurationError(
+            "The model has experts, which was not known when the processes were arranged. Give the LightningModule a "
+            "method build_model() that returns the model, or build it in __init__."
+        )
     if experts and meshes.expert is not None:
         apply_expert_parallel(model, meshes, sequence_parallel=layout.sequence_parallel)
     units = plan.units(model)

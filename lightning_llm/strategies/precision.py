@@ -85,15 +85,15 @@ class LLMPrecision(Precision):
         self.scaler = LossScaler() if precision == "16-mixed" else None
         self._parameter_dtype = PARAMETER_DTYPES[precision]
         self._finish_gradients: Callable[[], None] = lambda: None
-        self._norm: Callable[[], Tensor] | None = None
+        self._norm: Callable[[list[nn.Parameter] | None], Tensor] | None = None
 
-    def attach(self, finish_gradients: Callable[[], None], norm: Callable[[], Tensor]) -> None:
+    def attach(self, finish_gradients: Callable[[], None], norm: Callable[[list[nn.Parameter] | None], Tensor]) -> None:
         """Connects it with a strategy.
 
         Args:
             finish_gradients: Called once per optimizer step when this rank's gradients are complete, before hooks and
                 clipping.
-            norm: Computes the gradient norm over all axes.
+            norm: Computes the gradient norm over all axes, of some parameters or, for None, of all.
         """
         self._finish_gradients = finish_gradients
         self._norm = norm
@@ -148,7 +148,7 @@ class LLMPrecision(Precision):
         assert self._norm is not None
         result = closure()
         self._after_closure(model, optimizer)
-        finite = bool(self._norm().isfinite())
+        finite = bool(self._norm(None).isfinite())
         if finite:
             optimizer.step(**kwargs)
         self.scaler.update(finite)
@@ -158,13 +158,16 @@ class LLMPrecision(Precision):
         if self.scaler is not None:
             scale_gradients(self.main_params(optimizer), 1 / self.scaler.scale)
         self._finish_gradients()
+        if self.scaler is not None and self._norm is not None:
+            self._norm(None)  # as the gradients are, infinite or not, before anything clips them
         super()._after_closure(model, optimizer)
 
     @override
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         """Clips by the norm over all axes (`Trainer(gradient_clip_val=...)`), as `torch.nn.utils.clip_grad_norm_`."""
         assert self._norm is not None
-        scale_gradients(self.main_params(optimizer), (clip_val / (self._norm() + 1e-6)).clamp(max=1.0))
+        parameters = list(self.main_params(optimizer))
+        scale_gradients(parameters, (clip_val / (self._norm(parameters) + 1e-6)).clamp(max=1.0))
 
     @override
     def clip_grad_by_value(self, optimizer: Optimizer, clip_val: int | float) -> None:

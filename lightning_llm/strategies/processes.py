@@ -98,6 +98,11 @@ class ProcessGrid(ParallelStrategy):
         return self.meshes.dims.context_parallel_size
 
     @property
+    def gradient_ranks(self) -> int:
+        """Ranks with tokens of their own, over which gradients and losses are averaged."""
+        return self.meshes.dims.gradient_ranks
+
+    @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Data coordinates for samplers: ranks that share a sample's work get the same `rank`."""
         dims = self.meshes.dims
@@ -185,19 +190,19 @@ class ProcessGrid(ParallelStrategy):
         self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
         rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
 
-    def check_first_batch(self, batch: Any) -> None:
-        """Before the first step of training, of validation, ...: does its batch fit, and do its peers have the same?
+    def check_batch(self, batch: Any) -> None:
+        """Does a batch fit? And before the first step of training, of validation, ...: do the peers have the same?
 
         Every loader may be wrong in its own way, and a batch that does not fit can end a process without a traceback.
         """
         assert self.lightning_module is not None
+        seq_len = sequence_length(batch)
+        if seq_len is not None:  # which may be another one in every batch
+            check_sequence(seq_len, self.meshes.dims, self.layout)
         stage = self.lightning_module.trainer.state.stage
         if stage in self._stages_checked:
             return
         self._stages_checked.add(stage)
-        seq_len = sequence_length(batch)
-        if seq_len is not None:
-            check_sequence(seq_len, self.meshes.dims, self.layout)
         compare_batches(batch, self.meshes.dims)
 
     def barrier(self, name: str | None = None) -> None:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -92,6 +93,16 @@ def set_accumulation(roots: Iterable[FSDPModule], zero_stage: ZeroStage, *, last
         root.set_reshard_after_backward(last or zero_stage == 3)
 
 
+def reshard_all(module: nn.Module) -> None:
+    """Frees what evaluations left gathered.
+
+    Whole parameters in the place of their shards would be what an optimizer is made of, or would hide loaded weights.
+    """
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
 def shard_without_plan(module: nn.Module, sharding: Sharding) -> list[FSDPModule]:
     """Shards a module that offers no plan: each child, with the blocks of its module lists, is a unit of its own.
 
@@ -117,11 +128,29 @@ def shard_without_plan(module: nn.Module, sharding: Sharding) -> list[FSDPModule
                     f"{type(module).__name__}.{other} and .{name} share a parameter, and each is sharded by itself. "
                     "Put both into one submodule (for example self.model)."
                 )
-    children = [child for child in module.children() if any(True for _ in child.parameters())]
-    for child in children:
-        for part in (*blocks_of(child), child):
-            sharding.apply(part)
-    return [child for child in children if isinstance(child, FSDPModule)]
+    roots: list[nn.Module] = []
+    for child in module.children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            roots += [element for element in child.modules() if _is_outermost(element, child)]
+        elif any(True for _ in child.parameters()):
+            roots.append(child)
+            for block in blocks_of(child):
+                sharding.apply(block)
+    # What the module itself computes with their outputs, a loss most of all, is computed in float32.
+    mixed = sharding.mp_policy.param_dtype is not None
+    policy = replace(sharding.mp_policy, output_dtype=torch.float32) if mixed else sharding.mp_policy
+    for root in roots:
+        sharding.apply(root, mp_policy=policy)
+    return [root for root in roots if isinstance(root, FSDPModule)]
+
+
+def _is_outermost(element: nn.Module, container: nn.Module) -> bool:
+    """Whether an element of nested lists has parameters and a forward of its own."""
+    lists = (nn.ModuleList, nn.ModuleDict)
+    if isinstance(element, lists) or not any(True for _ in element.parameters()):
+        return False
+    within = [module for module in container.modules() if isinstance(module, lists)]
+    return any(element is child for module in within for child in module.children())
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

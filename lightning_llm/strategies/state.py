@@ -11,12 +11,12 @@ from typing import Any
 
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
-from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lightning_llm.checkpoint import distributed as checkpoint_format
 from lightning_llm.strategies.plan import ParallelPlan
 from lightning_llm.strategies.processes import ProcessGrid
+from lightning_llm.strategies.sharding import reshard_all
 
 
 class ShardedState(ProcessGrid):
@@ -65,9 +65,7 @@ class ShardedState(ProcessGrid):
         """Loads weights and optimizer states in place, whatever layout they were saved in; returns the rest."""
         assert self.lightning_module is not None
         path = Path(self.broadcast(checkpoint_path))
-        for module in self.lightning_module.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # weights that an evaluation has left gathered would hide what is loaded
+        reshard_all(self.lightning_module)
         fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING  # validation must not touch optimizers
         optimizers = self.optimizers if fitting else []
         return checkpoint_format.load(path, self.lightning_module, optimizers, self._aliases())

@@ -110,12 +110,15 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, plan: ParallelPlan
         ConfigurationError: The plan leaves out parameters that each rank would train on its part of the sequence alone.
     """
     styles = _styles(sequence_parallel)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     for name, module in list(model.named_modules()):
         for pattern, style in plan.tensor_parallel.items():
             if matches(name, pattern):
                 parallelize_module(module, mesh, styles[style])
     for owner, copy in plan.tied:
         retie(model, owner, copy)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)  # torch's styles do not all keep it
     if sequence_parallel:
         experts = {id(p) for module in experts_of(model) for p in module.parameters()}
         plain = [

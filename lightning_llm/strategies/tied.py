@@ -67,12 +67,17 @@ def add_tied_gradients(model: nn.Module, plan: ParallelPlan, ends: dist.ProcessG
     """
     parameters = dict(model.named_parameters())
     for pair in plan.tied:
-        gradients = [_local_gradient(parameters[name], name) for name in pair if name in parameters]
+        held = [name for name in pair if name in parameters and parameters[name].requires_grad]
+        gradients = [_local_gradient(parameters[name], name) for name in held]
         if len(gradients) == 2:
             total = gradients[0].add_(gradients[1])
             gradients[1].copy_(total)
         elif gradients and ends is not None:
-            dist.all_reduce(gradients[0], group=ends)
+            offloaded = gradients[0].device.type == "cpu" and dist.get_backend(ends) == "nccl"
+            summed = gradients[0].cuda() if offloaded else gradients[0]
+            dist.all_reduce(summed, group=ends)
+            if offloaded:
+                gradients[0].copy_(summed)
 
 
 def _local_gradient(parameter: nn.Parameter, name: str) -> Tensor:
