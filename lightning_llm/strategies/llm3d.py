@@ -191,7 +191,6 @@ class LLM3DStrategy(ShardedState):
                 f"{type(module).__name__} has a parallel_plan but no `model`. Put the network into self.model, and the "
                 "plan on it."
             )
-        self._check_others(module, target)
         self.precision_plugin.convert_module(target)
         built = not any(parameter.is_meta for parameter in target.parameters())
         if built:
@@ -208,6 +207,7 @@ class LLM3DStrategy(ShardedState):
             mark_as_cut(target)
         if plan is not None and dims.pipeline_parallel_size > 1:
             self._build_pipeline(module, plan)
+        self._check_others(module, target)
         self._count_tokens(module)
         if not built:
             self._materialize(module, target)

@@ -111,7 +111,7 @@ def test_clipping_is_that_of_torch() -> None:
         ours, theirs = (nn.Parameter(torch.zeros(3)) for _ in range(2))
         ours.grad, theirs.grad = torch.tensor([1.0, -2.0, 2.0]), torch.tensor([1.0, -2.0, 2.0])
         plugin = LLMPrecision("32-true")
-        plugin.attach(lambda: None, lambda: torch.tensor(3.0))
+        plugin.attach(lambda: None, lambda _: torch.tensor(3.0))
         plugin.clip_grad_by_norm(torch.optim.SGD([ours]), max_norm)
         nn.utils.clip_grad_norm_([theirs], max_norm)
         torch.testing.assert_close(ours.grad, theirs.grad)
