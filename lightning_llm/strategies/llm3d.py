@@ -143,6 +143,7 @@ class LLM3DStrategy(ShardedState):
         self._gradient_norm: Tensor | None = None
         self._tokens = AccumulatedTokens()
         self._denominator: Tensor | None = None
+        self._unfinished = False  # whether a backward came after gradients were finished last
         self._one_norm = True  # whether each optimizer step is about all parameters
         self._splits_logits = False
 
@@ -371,6 +372,7 @@ class LLM3DStrategy(ShardedState):
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Backward and its hooks; after a pipeline's schedule the hooks alone."""
+        self._unfinished = True
         if self.pipeline is None:
             if self._denominator is not None and self._accumulates:
                 closure_loss = closure_loss * self._weight(self._denominator)
@@ -431,6 +433,9 @@ class LLM3DStrategy(ShardedState):
 
     def _finish_gradients(self) -> None:
         assert self.lightning_module is not None
+        if not self._unfinished:  # clip_gradients() of manual optimization comes before the step that would do it
+            return
+        self._unfinished = False
         self._gradient_norm = None
         align_gradients(self.lightning_module.parameters())
         if self.pipeline is not None and self.plan is not None and self.plan.tied:

@@ -163,6 +163,14 @@ class LLMPrecision(Precision):
         super()._after_closure(model, optimizer)
 
     @override
+    def clip_gradients(
+        self, optimizer: Any, clip_val: int | float = 0.0, gradient_clip_algorithm: Any = "norm"
+    ) -> None:
+        """Clips finished gradients, also where the user calls it (manual optimization)."""
+        self._finish_gradients()
+        super().clip_gradients(optimizer, clip_val, gradient_clip_algorithm)
+
+    @override
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         """Clips by the norm over all axes (`Trainer(gradient_clip_val=...)`), as `torch.nn.utils.clip_grad_norm_`."""
         assert self._norm is not None

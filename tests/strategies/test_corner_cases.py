@@ -162,31 +162,33 @@ def test_a_batch_without_labels_may_open_a_window(world_size: int, sizes: dict[s
 
 
 class ByHand(LLMModule):
-    def __init__(self) -> None:
-        super().__init__(SMALL, learning_rate=5e-3, warmup_steps=2)
+    def __init__(self, model: str) -> None:
+        super().__init__(MODELS[model], learning_rate=5e-3, warmup_steps=2)
         self.automatic_optimization = False
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         optimizer: Any = self.optimizers()
         loss = self.forward_loss(batch)
-        self.log("train_loss", loss.detach())
+        self.log("train_loss", loss.detach(), sync_dist=True)
         optimizer.zero_grad()
         self.manual_backward(loss)
+        self.clip_gradients(optimizer, 0.3, "norm")
         optimizer.step()
 
 
-def train_by_hand(world_size: int, sizes: dict[str, Any]) -> list[float]:
+def train_by_hand(world_size: int, sizes: dict[str, Any], model: str) -> list[float]:
     strategy, recorder = LLM3DStrategy(**sizes), Recorder()
     trainer = make_trainer(
         strategy, world_size, callbacks=[recorder], max_steps=4, limit_val_batches=0, gradient_clip_val=None
     )
-    trainer.fit(ByHand(), loader(trainer, strategy, ignore=False))
+    trainer.fit(ByHand(model), loader(trainer, strategy, ignore=False))
     return recorder.losses
 
 
-def test_manual_optimization_under_tensor_parallelism() -> None:
-    expected = run_distributed(train_by_hand, 1, 1, {})[0]
-    for losses in run_distributed(train_by_hand, 2, 2, TP2):
+@pytest.mark.parametrize(("sizes", "model"), [(TP2, "plain"), (EP2, "moe")], ids=["tp2", "dp2 x ep2"])
+def test_manual_optimization_with_clipping(sizes: dict[str, Any], model: str) -> None:
+    expected = run_distributed(train_by_hand, 1, 1, {}, model)[0]
+    for losses in run_distributed(train_by_hand, 2, 2, sizes, model):
         assert losses == pytest.approx(expected, abs=1e-4)
 
 
