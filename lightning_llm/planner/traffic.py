@@ -141,6 +141,7 @@ class ParameterTraffic:
         gathers: How often each parameter is gathered per step.
         reductions: How often each gradient is reduced.
         gather, reduce: Bytes of one time each, on the sharding axis.
+        kept: Bytes of gathers that are saved, since what is around the blocks stays whole from forward to backward.
         replicate: Bytes of the sum over the replicas, once a step.
     """
 
@@ -149,6 +150,7 @@ class ParameterTraffic:
     gather: float
     reduce: float
     replicate: float
+    kept: float = 0.0
 
 
 def parameter_traffic(shape: Shape, stage: Stage, layout: Layout, workload: Workload) -> ParameterTraffic:
@@ -163,8 +165,11 @@ def parameter_traffic(shape: Shape, stage: Stage, layout: Layout, workload: Work
     if layout.zero_stage == 0:  # an all-reduce over the data ranks: as much as a reduction and a gather
         replicas = 2 * ring(p * cost.whole, layout.replicate_size)
         return ParameterTraffic(gathers=0, reductions=1, gather=0.0, reduce=2 * p * once, replicate=replicas)
+    again = layout.zero_stage == 3 and not pipelined
+    root = stage.root.gathered(layout.tensor_parallel_size, layout.expert_parallel_size)
     return ParameterTraffic(
-        gathers=2 * rounds if layout.zero_stage == 3 and not pipelined else 1,
+        gathers=2 * rounds if again else 1,
+        kept=rounds * ring(e * root, layout.sharding_size) if again else 0.0,
         reductions=1 if layout.zero_stage == 1 else rounds,
         gather=e * once,
         reduce=p * once,
@@ -192,7 +197,8 @@ def traffic_of_rank(
         for is_end in (stage.is_first, stage.is_last):  # embedding and head: one reduction or gather each way
             sends["tp"] += m * 2 * ring(boundary * layout.sequence_split, layout.tensor_parallel_size) * is_end
         parameters = parameter_traffic(shape, stage, layout, workload)
-        sends["fsdp"] += parameters.gathers * parameters.gather + parameters.reductions * parameters.reduce
+        sends["fsdp"] += parameters.gathers * parameters.gather - parameters.kept
+        sends["fsdp"] += parameters.reductions * parameters.reduce
         sends["replicate"] += parameters.replicate
         units = len(stage.layers) + 1
         operations["fsdp"] += units * (parameters.gathers + parameters.reductions)
