@@ -76,6 +76,21 @@ def check_plan(model: nn.Module, dims: ParallelDims, layout: Layout) -> Parallel
     return plan
 
 
+def check_others(module: LightningModule, model: nn.Module, dims: ParallelDims) -> None:
+    """Refuses parameters beside the model that is cut: each rank would train its own.
+
+    Raises:
+        ConfigurationError: naming some.
+    """
+    cut = {id(parameter) for parameter in model.parameters()}
+    outside = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in cut]
+    if outside and dims.world_size > 1:
+        raise ConfigurationError(
+            f"{type(module).__name__} has parameters beside self.model, for example {outside[:3]}, which no rank "
+            "would share with the others. Put them into self.model and its plan, or freeze them."
+        )
+
+
 def check_rotary(model: nn.Module) -> None:
     """Refuses rotary embeddings that change with the sequence's length, of which a context rank sees a part."""
     scaling = getattr(getattr(model, "config", None), "rope_scaling", None) or {}

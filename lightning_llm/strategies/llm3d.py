@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.models.module import LLMModule
 from lightning_llm.models.weights import load_weights
-from lightning_llm.strategies.checks import check_plan, mark_as_cut
+from lightning_llm.strategies.checks import check_others, check_plan, mark_as_cut
 from lightning_llm.strategies.context import SEQUENCE_DIM, ContextMethod
 from lightning_llm.strategies.expert import expert_gradient_factor
 from lightning_llm.strategies.layout import Layout, Recompute
@@ -34,9 +34,10 @@ from lightning_llm.strategies.optimization import (
     PipelineOptimization,
     align_gradients,
     gradient_norm,
+    one_optimizer_has_all,
     scale_gradients,
 )
-from lightning_llm.strategies.parallelize import Parts, parallelize
+from lightning_llm.strategies.parallelize import Parts, parallelize, place_the_rest
 from lightning_llm.strategies.pipeline import Pipeline
 from lightning_llm.strategies.plan import ParallelPlan
 from lightning_llm.strategies.precision import LLMPrecision
@@ -168,7 +169,7 @@ class LLM3DStrategy(ShardedState):
             self._tokens = AccumulatedTokens()
             self._reset_optimizers_and_schedulers()
             self.setup_optimizers(trainer)
-            self._one_norm = self.reduce_boolean_decision(self._optimizers_have_all())
+            self._one_norm = self.reduce_boolean_decision(one_optimizer_has_all(self.optimizers, self.lightning_module))
         self.setup_precision_plugin()
         if self.pipeline is not None:
             PipelineOptimization.install(trainer)
@@ -208,35 +209,13 @@ class LLM3DStrategy(ShardedState):
             mark_as_cut(target)
         if plan is not None and dims.pipeline_parallel_size > 1:
             self._build_pipeline(module, plan)
-        self._check_others(module, target)
+        check_others(module, target, dims)
         self._count_tokens(module)
         if not built:
             self._materialize(module, target)
         elif self.layout.offload_parameters is None:
             target.to(self.root_device)
-        self._place_the_rest(module, target)
-
-    def _check_others(self, module: pl.LightningModule, target: nn.Module) -> None:
-        """Refuses parameters that would be trained on each rank by itself."""
-        cut = {id(parameter) for parameter in target.parameters()}
-        outside = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in cut]
-        if outside and self.meshes.dims.world_size > 1:
-            raise ConfigurationError(
-                f"{type(module).__name__} has parameters beside self.model, for example {outside[:3]}, which no rank "
-                "would share with the others. Put them into self.model and its plan, or freeze them."
-            )
-
-    def _place_the_rest(self, module: pl.LightningModule, target: nn.Module) -> None:
-        """Buffers, and modules beside the model, go where the computation is."""
-        for part in target.modules():
-            for name, buffer in part._buffers.items():
-                if buffer is not None:
-                    part._buffers[name] = buffer.to(self.root_device)
-        if target is not module:
-            for child in module.children():
-                if child is not target:
-                    child.to(self.root_device)
-        module._device = self.root_device  # what `LightningModule.to` would note (lightning 2.6)
+        place_the_rest(module, target, self.root_device)
 
     def _build_pipeline(self, module: pl.LightningModule, plan: ParallelPlan) -> None:
         assert self.parts is not None
@@ -468,14 +447,6 @@ class LLM3DStrategy(ShardedState):
         if self._gradient_norm is None:
             self._gradient_norm = gradient_norm(self._owned(), ranks, self.root_device)
         return self._gradient_norm
-
-    def _optimizers_have_all(self) -> bool:
-        """Whether this rank's trainable parameters are all in one optimizer."""
-        assert self.lightning_module is not None
-        trainable = {id(parameter) for parameter in self.lightning_module.parameters() if parameter.requires_grad}
-        return len(self.optimizers) == 1 and trainable <= {
-            id(parameter) for group in self.optimizers[0].param_groups for parameter in group["params"]
-        }
 
     def _owned(self) -> list[nn.Parameter]:
         """This rank's parameters without the last stage's copies of tensors that the first stage owns."""

@@ -83,6 +83,14 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor | float) 
         gradient.mul_(factor.to(gradient.device, gradient.dtype) if isinstance(factor, Tensor) else factor)
 
 
+def one_optimizer_has_all(optimizers: list[Optimizer], module: nn.Module) -> bool:
+    """Whether this rank's trainable parameters are all in one optimizer."""
+    trainable = {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
+    return len(optimizers) == 1 and trainable <= {
+        id(parameter) for group in optimizers[0].param_groups for parameter in group["params"]
+    }
+
+
 class AccumulatedTokens:
     """Makes several batches that lead to one optimizer step count by their tokens, as one large batch would.
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
 
@@ -135,3 +136,16 @@ def _offload_policy(layout: Layout, device: torch.device) -> OffloadPolicy:
     if layout.offload_parameters is None:
         return OffloadPolicy()
     return CPUOffloadPolicy(pin_memory=device.type != "cpu")  # pinned memory is for copies to an accelerator
+
+
+def place_the_rest(module: LightningModule, model: nn.Module, device: torch.device) -> None:
+    """Buffers of `model`, and what `module` has beside it, go where the computation is."""
+    for part in model.modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = buffer.to(device)
+    if model is not module:
+        for child in module.children():
+            if child is not model:
+                child.to(device)
+    module._device = device  # what `LightningModule.to` would note (lightning 2.6)
