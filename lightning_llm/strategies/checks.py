@@ -53,12 +53,6 @@ def check_plan(model: nn.Module, dims: ParallelDims, layout: Layout) -> Parallel
     plan = plan_of(model)
     if plan is not None:
         plan.check(model, dims)
-        if layout.compile and dims.tensor_parallel_size > 1:
-            # As found in torch 2.13: a plain gradient reaches a redistribution that expects a DTensor.
-            raise ConfigurationError(
-                f"compile with tensor_parallel_size({dims.tensor_parallel_size}): gradients are lost between "
-                "compiled blocks. Set compile to false, or tensor_parallel_size to 1."
-            )
         if dims.context_parallel_size > 1:
             check_rotary(model)
         if dims.pipeline_parallel_size > 1:

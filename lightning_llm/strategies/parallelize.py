@@ -15,7 +15,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.models.moe import Experts
-from lightning_llm.strategies.compile import apply_compile
+from lightning_llm.strategies.compile import apply_compile, settle_outputs
 from lightning_llm.strategies.context import ContextParallel
 from lightning_llm.strategies.expert import apply_expert_parallel, experts_of
 from lightning_llm.strategies.layout import Layout
@@ -111,6 +111,9 @@ def parallelize(
     units = plan.units(model)
     apply_recompute(units, layout.recompute)
     if layout.compile:
+        if dims.tensor_parallel_size > 1:
+            modules = dict(model.named_modules())
+            settle_outputs([modules[name] for name in plan.pipeline_first if name in modules])
         apply_compile(units)
     if experts and meshes.expert is not None:
         apply_expert_sharding(experts, meshes.expert_sharding, sharding)

@@ -19,7 +19,8 @@ PP2 = {"pipeline_parallel_size": 2}
     ("world_size", "strategy"),
     [
         pytest.param(2, {}, id="dp2"),
-        pytest.param(2, {"recompute": 0.5}, id="dp2, memory budget"),
+        pytest.param(2, {"tensor_parallel_size": 2, "recompute": 0.5}, id="tp2, memory budget"),
+        pytest.param(4, {"tensor_parallel_size": 2, **PP2}, id="pp2 x tp2"),
         pytest.param(
             2,
             {**PP2, "pipeline_schedule": "Interleaved1F1B", "recompute": "full"},

@@ -180,8 +180,3 @@ def test_rotary_embeddings_that_go_by_length_are_not_cut() -> None:
         check_plan(
             decoder(SMALL.replace(rope_scaling=scaling)), ParallelDims.resolve(2, context_parallel_size=2), Layout()
         )
-
-
-def test_compile_is_refused_with_tensor_parallelism() -> None:
-    with pytest.raises(ConfigurationError, match=r"compile with tensor_parallel_size\(2\).* Set compile to false"):
-        check_plan(decoder(SMALL), ParallelDims.resolve(2, tensor_parallel_size=2), Layout(compile=True))
