@@ -10,10 +10,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
@@ -43,8 +46,13 @@ class ProcessLauncher(_SubprocessScriptLauncher):
         """Checks, starts the other processes, then runs `function` here as local rank 0."""
         self._check(trainer, *args, **kwargs)
         os.environ[PARENT_VARIABLE] = str(os.getpid())
+        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         # A Trainer of the same script may launch again after the first one's run: its processes are there already.
-        return super().launch(function, *args, trainer=trainer, **kwargs)
+        if not self.cluster_environment.creates_processes_externally:
+            self._call_children_scripts()
+            threading.Thread(target=end_with, args=(self.procs,), daemon=True, name="process-observer").start()
+        _set_num_threads_if_needed(num_processes=self.num_processes)
+        return function(*args, **kwargs)
 
     def wait_for(self, rank: int) -> int:
         """Lets a failed process of this node finish by itself, for a few seconds; returns its exit code, or 1."""
@@ -55,6 +63,22 @@ class ProcessLauncher(_SubprocessScriptLauncher):
             return self.procs[local - 1].wait(timeout=FAREWELL) or 1
         except subprocess.TimeoutExpired:
             return 1
+
+
+def end_with(processes: list[subprocess.Popen]) -> None:
+    """Ends this process and `processes` some seconds after one of them failed, with its exit code.
+
+    Usually they are gone by then, since they see closed connections; one that hangs in a collective does not.
+    (Lightning's own observer kills at once, this process too, whose exit code then tells nothing.)
+    """
+    while any(process.poll() != 0 for process in processes):
+        failed = [process.returncode for process in processes if process.returncode]
+        if failed:
+            time.sleep(FAREWELL + 1)
+            for process in processes:
+                process.kill()
+            os._exit(failed[0] if failed[0] > 0 else 128 - failed[0])
+        time.sleep(0.5)
 
 
 def die_with_launcher() -> None:
