@@ -1,0 +1,247 @@
+"""Checkpoints in a folder of a local or shared file system.
+
+root/step=1000.ckpt/manifest.json, rank_00000.safetensors, ...    committed
+root/.staging-step=1000.ckpt-host-4711-1f3a/                      a draft, or what is left of one
+root/.trash-...                                                   being removed
+root/step=1000.ckpt.corrupt                                       a note that the checkpoint is damaged
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import re
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from typing_extensions import Buffer
+
+from lightning_llm.checkpoint.digest import FileRecord
+from lightning_llm.checkpoint.files import sync_folder, write_file
+from lightning_llm.checkpoint.manifest import MANIFEST, Manifest
+from lightning_llm.errors import ConfigurationError
+
+STALE = 3600.0  # seconds without a change after which a draft of another machine is taken for abandoned
+_OWNED = re.compile(r"\.(?:staging|trash)-.*-(?P<host>[^-]+)-(?P<pid>\d+)-[^-]+")
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+class FolderStore:
+    """See `CheckpointStore`. A commit is a rename.
+
+    Args:
+        root: The folder; it is made with the first checkpoint.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).expanduser().absolute()
+        self.url = str(self.root)
+
+    def create(self, name: str, attempt: str) -> str:
+        """Makes the draft's folder."""
+        target = self.root / name
+        if target.exists() and not (target / MANIFEST).exists() and not _is_empty(target):
+            raise ConfigurationError(
+                f"{target} is there already and is not a checkpoint of lightning_llm. Choose another name or folder."
+            )
+        self.root.mkdir(parents=True, exist_ok=True)
+        draft = self.root / self._owned("staging", name, attempt)
+        draft.mkdir()
+        return str(draft)
+
+    def _owned(self, kind: str, name: str, attempt: str) -> str:
+        """A name that tells which process it belongs to, so that others can tell whether that one still lives."""
+        return f".{kind}-{name}-{_host()}-{os.getpid()}-{attempt}"
+
+    def write(self, location: str, file: str, buffers: Iterable[Buffer], algorithm: str) -> FileRecord:
+        """Writes a file and syncs it to the disk."""
+        path = Path(location, file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record = write_file(path, buffers, algorithm)
+        sync_folder(path.parent)
+        return record
+
+    def commit(self, location: str, name: str, manifest: bytes) -> None:
+        """Writes the manifest, syncs, renames, syncs."""
+        draft, target = Path(location), self.root / name
+        write_file(draft / f"{MANIFEST}.tmp", [manifest], "xxh3_128")
+        (draft / f"{MANIFEST}.tmp").rename(draft / MANIFEST)
+        sync_folder(draft)
+        if target.is_symlink():
+            target.unlink()
+        if _is_empty(target):
+            target.rmdir()
+        if target.exists():
+            self._exchange(draft, target)
+        else:
+            draft.rename(target)
+        sync_folder(self.root)
+        with suppress(OSError):
+            (self.root / f"{name}.corrupt").unlink()  # the note was on the one before
+        if draft.exists():  # with what `target` was until now
+            self._throw_away(draft)
+
+    def _exchange(self, draft: Path, target: Path) -> None:
+        """Puts a draft in the place of a checkpoint in one step, or where the file system has none, in two."""
+        if _exchange(draft, target):
+            return
+        before = self.root / f".replaced-{target.name}"  # from which `_recover` takes it after a crash here
+        shutil.rmtree(before, ignore_errors=True)
+        target.rename(before)
+        draft.rename(target)
+        before.rename(draft)
+
+    def _recover(self) -> None:
+        for before in self.root.glob(".replaced-*"):
+            target = self.root / before.name.removeprefix(".replaced-")
+            if not target.exists() and (before / MANIFEST).exists():
+                before.rename(target)
+
+    def discard(self, location: str) -> None:
+        """Removes a draft's folder."""
+        shutil.rmtree(location, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Removes drafts and trash of processes that are gone."""
+        if not self.root.is_dir():
+            return
+        self._recover()
+        for path in self.root.glob(".*-*"):
+            found = _OWNED.fullmatch(path.name)
+            if found and not _lives(path, found["host"], int(found["pid"])):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def names(self) -> list[str]:
+        """Folders with a manifest, aliases not."""
+        if not self.root.is_dir():
+            return []
+        self._recover()
+        return [
+            path.name
+            for path in self.root.iterdir()
+            if not path.name.startswith(".") and not path.is_symlink() and (path / MANIFEST).is_file()
+        ]
+
+    def manifest(self, name: str) -> bytes:
+        """Reads `manifest.json`."""
+        try:
+            return (self.root / name / MANIFEST).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return b""
+
+    def location(self, name: str) -> str:
+        """The checkpoint's folder."""
+        return str(self.root / name)
+
+    def read(self, location: str, file: str, chunk_size: int) -> Iterator[Buffer]:
+        """Reads a file in parts."""
+        buffer = memoryview(bytearray(min(chunk_size, max(1, os.path.getsize(Path(location, file))))))
+        with Path(location, file).open("rb", buffering=0) as stream:
+            while count := _fill(stream, buffer):
+                yield buffer[:count]
+
+    def fetch(self, name: str, manifest: Manifest, files: Iterable[str]) -> Path:
+        """The checkpoint's own folder."""
+        return self.root / name
+
+    def remove(self, name: str) -> None:
+        """Renames the checkpoint's folder out of sight, then removes it."""
+        path = self.root / name
+        if not path.exists() and not path.is_symlink():
+            return
+        if path.is_symlink():
+            path.unlink()
+            return
+        if not (path / MANIFEST).exists():
+            raise ConfigurationError(f"{path} is not a checkpoint of lightning_llm, so it is not removed.")
+        self._throw_away(path)
+        with suppress(OSError):
+            (self.root / f"{name}.corrupt").unlink()
+
+    def _throw_away(self, path: Path) -> None:
+        trash = self.root / self._owned("trash", path.name.lstrip("."), uuid.uuid4().hex[:8])
+        path.rename(trash)
+        sync_folder(self.root)
+        shutil.rmtree(trash, ignore_errors=True)
+
+    def alias(self, name: str, target: str) -> None:
+        """Makes a symbolic link."""
+        path = self.root / name
+        if path.exists() and not path.is_symlink():
+            self.remove(name)
+        link = self.root / self._owned("trash", name, uuid.uuid4().hex[:8])
+        link.symlink_to(target)
+        link.rename(path)
+        sync_folder(self.root)
+
+    def mark(self, name: str, report: dict[str, Any] | None) -> None:
+        """Writes or removes `NAME.corrupt`; on a file system that is read-only nothing happens."""
+        note = self.root / f"{name}.corrupt"
+        with suppress(OSError):
+            if report is None:
+                note.unlink(missing_ok=True)
+            else:
+                note.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+    def marked(self, name: str) -> dict[str, Any] | None:
+        """Reads `NAME.corrupt`."""
+        try:
+            return json.loads((self.root / f"{name}.corrupt").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):
+            return {}
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+
+
+def _host() -> str:
+    return socket.gethostname().replace("-", "_")
+
+
+def _lives(path: Path, host: str, pid: int) -> bool:
+    """Whether the process that a draft belongs to may still be at work on it."""
+    if host == _host():
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True
+        return True
+    try:
+        latest = max(entry.stat().st_mtime for entry in (path, *path.rglob("*")))
+    except OSError:
+        return True
+    return time.time() - latest < STALE
+
+
+def _fill(stream: Any, buffer: memoryview) -> int:
+    """Reads until `buffer` is full or the file ends; returns the bytes read."""
+    count = 0
+    while count < len(buffer) and (got := stream.readinto(buffer[count:])):
+        count += got
+    return count
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Lets two folders change places in one step, where kernel and file system can (Linux, not NFS)."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), str(second))
