@@ -1,6 +1,11 @@
-"""Names that torch 2.13 gave to what torch 2.11 has under others, which warn now."""
+"""What is private in torch, or has other names in 2.11 than in 2.13, which warns of the old ones."""
 
 import torch.distributed as dist
 
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def own_store() -> dist.Store:
+    """A connection of one's own, for one thread, to the store that the processes found each other by."""
+    return dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]

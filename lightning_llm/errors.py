@@ -19,3 +19,24 @@ class ConfigurationError(ValueError):
     def __init__(self, *args: object) -> None:
         super().__init__(*args)
         ConfigurationError.latest = self
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that could not be saved. Nothing that was committed before is affected."""
+
+
+class NoGoodCheckpointError(SystemExit):
+    """There are checkpoints, and none of them can be believed; the program ends with 77.
+
+    It is a `SystemExit`, so that a script that nobody watches ends with the exit code which tells its scheduler that a
+    restart will not help. What is wrong with which checkpoint has been logged by then, and is the exception's text.
+    """
+
+    EXIT_CODE: ClassVar[int] = 77
+
+    def __init__(self, message: str) -> None:
+        super().__init__(self.EXIT_CODE)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from lightning_llm.checkpoint.distributed import iterate_weights, stored_weights
+from lightning_llm.checkpoint.reading import Checkpoint
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.models.config import DecoderConfig
 from lightning_llm.models.expert_weights import to_files
@@ -39,8 +39,10 @@ def export(
     Raises:
         ConfigurationError: The checkpoint is missing, incomplete, or not of a decoder; what is missing is named.
     """
-    source, target = Path(checkpoint), Path(output)
-    stored = stored_weights(source)
+    target = Path(output)
+    opened = Checkpoint.open(checkpoint, alone=True)
+    source = opened.local(*opened.manifest.files)
+    stored = opened.weights()
     if not (source / "config.json").is_file():
         raise ConfigurationError(
             f"{source} has no config.json: it was not saved by an LLMModule, so it cannot be exported."
@@ -54,7 +56,7 @@ def export(
             f"or of another shape, for example {wrong[:3]}."
         )
     element = torch_dtype(dtype) if dtype is not None else stored[next(iter(expected))].properties.dtype
-    tensors = ((name, tensor) for name, tensor in iterate_weights(source) if name in expected)
+    tensors = ((name, tensor) for name, tensor in opened.iterate_weights() if name in expected)
     save_weights(to_files(tensors, config, element), target, max_shard_size=max_shard_size)
     config.replace(dtype=str(element).removeprefix("torch.")).save(target)
     if (source / TOKENIZER).is_file():

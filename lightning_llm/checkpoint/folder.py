@@ -17,7 +17,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ class FolderStore:
     def create(self, name: str, attempt: str) -> str:
         """Makes the draft's folder."""
         target = self.root / name
-        if target.exists() and not (target / MANIFEST).exists() and not _is_empty(target):
+        if target.exists() and not _is_checkpoint(target) and not _is_empty(target):
             raise ConfigurationError(
                 f"{target} is there already and is not a checkpoint of lightning_llm. Choose another name or folder."
             )
@@ -120,14 +120,14 @@ class FolderStore:
                 shutil.rmtree(path, ignore_errors=True)
 
     def names(self) -> list[str]:
-        """Folders with a manifest, aliases not."""
+        """Folders with a manifest, or of which only that is missing; aliases not."""
         if not self.root.is_dir():
             return []
         self._recover()
         return [
             path.name
             for path in self.root.iterdir()
-            if not path.name.startswith(".") and not path.is_symlink() and (path / MANIFEST).is_file()
+            if not path.name.startswith(".") and not path.is_symlink() and _is_checkpoint(path)
         ]
 
     def manifest(self, name: str) -> bytes:
@@ -148,6 +148,18 @@ class FolderStore:
             while count := _fill(stream, buffer):
                 yield buffer[:count]
 
+    def read_back(self, location: str, file: str, chunk_size: int, chunks: Sequence[int]) -> Iterator[Buffer]:
+        """Drops what the kernel keeps of the chunks, then reads them."""
+        descriptor = os.open(Path(location, file), os.O_RDONLY)
+        try:
+            for chunk in chunks:
+                start = chunk * chunk_size
+                if hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(descriptor, start, chunk_size, os.POSIX_FADV_DONTNEED)
+                yield os.pread(descriptor, chunk_size, start)
+        finally:
+            os.close(descriptor)
+
     def fetch(self, name: str, manifest: Manifest, files: Iterable[str]) -> Path:
         """The checkpoint's own folder."""
         return self.root / name
@@ -160,7 +172,7 @@ class FolderStore:
         if path.is_symlink():
             path.unlink()
             return
-        if not (path / MANIFEST).exists():
+        if not _is_checkpoint(path):
             raise ConfigurationError(f"{path} is not a checkpoint of lightning_llm, so it is not removed.")
         self._throw_away(path)
         with suppress(OSError):
@@ -199,6 +211,11 @@ class FolderStore:
             return None
         except (OSError, ValueError):
             return {}
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a folder was committed: a checkpoint without a manifest is a damaged one, not none."""
+    return (path / MANIFEST).is_file() or (path / "index.json").is_file()
 
 
 def _is_empty(path: Path) -> bool:

@@ -93,7 +93,7 @@ class Manifest:
             ManifestError: empty, damaged, of a later version, or not signed with `key`.
         """
         if not raw:
-            raise ManifestError("it is empty")
+            raise ManifestError("it is missing or empty")
         start = raw.rfind(b',\n "digest": ', max(0, len(raw) - _LONGEST_END))
         end = _END.fullmatch(raw, start) if start >= 0 else None
         if end is None:

@@ -6,14 +6,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 
-from lightning_llm.checkpoint import distributed as checkpoint_format
+from lightning_llm.checkpoint.module_state import collect, model_state, optimizer_state, restore
+from lightning_llm.checkpoint.random_state import random_state, set_random_state
+from lightning_llm.checkpoint.reading import Checkpoint
+from lightning_llm.checkpoint.saver import CheckpointSaver, RunState
+from lightning_llm.checkpoint.store import open_store, split_url
 from lightning_llm.strategies.plan import ParallelPlan
 from lightning_llm.strategies.processes import ProcessGrid
 from lightning_llm.strategies.sharding import reshard_all
@@ -24,9 +28,13 @@ class ShardedState(ProcessGrid):
 
     Attributes:
         plan: Of the model, once it is cut.
+        restored_from: The checkpoint that was loaded last.
     """
 
     plan: ParallelPlan | None = None
+    restored_from: str | None = None
+    _saver: CheckpointSaver | None = None
+    _random_state: dict[str, Any] | None = None
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -46,29 +54,65 @@ class ShardedState(ProcessGrid):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """This rank's parts of the weights."""
         assert self.lightning_module is not None
-        return checkpoint_format.model_state(self.lightning_module, self._aliases())
+        return model_state(self.lightning_module, self._aliases())
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """This rank's parts of an optimizer's state, keyed by parameter names."""
         assert self.lightning_module is not None
         raw = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        return checkpoint_format.optimizer_state(self.lightning_module, raw, self._aliases())
+        return optimizer_state(self.lightning_module, raw, self._aliases())
+
+    def run_state(self, checkpoint: dict[str, Any]) -> RunState:
+        """What `Trainer.dump_checkpoint` collected and this rank's own state, as a checkpoint holds it."""
+        return collect(
+            checkpoint,
+            mesh=self.mesh_sizes(),
+            rank={"random": random_state()},
+            write_assets=getattr(self.lightning_module, "write_assets", None),
+        )
+
+    def mesh_sizes(self) -> dict[str, int]:
+        """Sizes of the parallel axes by their arguments' names."""
+        return asdict(self.meshes.dims)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Writes a sharded checkpoint folder; every rank writes what it holds."""
+        """Saves a verified checkpoint; every rank writes what it holds, and all return when it is committed."""
         if storage_options is not None:
             raise TypeError("LLM3DStrategy.save_checkpoint() takes no storage_options: it does not use a CheckpointIO.")
-        write_assets = getattr(self.lightning_module, "write_assets", None)
-        checkpoint_format.save(checkpoint, Path(self.broadcast(filepath)), write_assets=write_assets)
+        if self._saver is None:
+            self._saver = CheckpointSaver(self.root_device)
+        self._saver.save(self.run_state(checkpoint), self.broadcast(filepath))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Loads weights and optimizer states in place, whatever layout they were saved in; returns the rest."""
+        """Loads weights and optimizer states in place, whatever layout they were saved in; returns the rest.
+
+        Args:
+            checkpoint_path: Of a checkpoint, or of a folder with several, of which the newest good one is taken.
+            weights_only: Nothing: no checkpoint of this project can run code.
+        """
         assert self.lightning_module is not None
-        path = Path(self.broadcast(checkpoint_path))
+        checkpoint = Checkpoint.open(self.broadcast(checkpoint_path))
         reshard_all(self.lightning_module)
         fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING  # validation must not touch optimizers
         optimizers = self.optimizers if fitting else []
-        return checkpoint_format.load(path, self.lightning_module, optimizers, self._aliases())
+        restore(checkpoint, self.lightning_module, optimizers, self._aliases())
+        self.restored_from = checkpoint.path
+        if fitting and self.global_rank < checkpoint.manifest.world_size:
+            self._random_state = checkpoint.rank_state(self.global_rank).get("random")
+        return checkpoint.trainer_state()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Puts the random generators where they were when the run was saved, now that all that is set up has drawn."""
+        super().on_train_batch_start(batch, batch_idx)
+        if self._random_state is not None:
+            set_random_state(self._random_state)
+            self._random_state = None
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Removes a checkpoint, on rank 0."""
+        if self.is_global_zero:
+            url, name = split_url(filepath)
+            open_store(url).remove(name)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Nothing is left to do after `load_checkpoint`."""

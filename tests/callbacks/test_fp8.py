@@ -22,7 +22,7 @@ from torchao.float8.fsdp_utils import WeightWithDynamicFloat8CastTensor
 from lightning_llm import Decoder, DecoderConfig, LLM3DStrategy, LLMModule, TokenDataModule
 from lightning_llm.callbacks import FP8Precision
 from lightning_llm.callbacks.fp8 import _quiet, converted_layers, emulates, reasons_to_skip
-from lightning_llm.checkpoint.distributed import iterate_weights, stored_weights
+from lightning_llm.checkpoint.reading import Checkpoint
 from lightning_llm.data.tokenize import tokenize
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.strategies.plan import plan_of
@@ -540,9 +540,10 @@ def test_a_checkpoint_is_the_same_with_and_without_float8(tmp_path: Path, saved_
     saved = run_distributed(save, saved_by[0], *saved_by, tmp_path / "ckpt")[0]
     with torch.device("meta"):
         plain = {name: (tensor.shape, tensor.dtype) for name, tensor in Decoder(CONFIG).state_dict().items()}
-    stored = stored_weights(tmp_path / "ckpt")
+    checkpoint = Checkpoint.open(tmp_path / "ckpt", alone=True)
+    stored = checkpoint.weights()
     assert {name: (found.size, found.properties.dtype) for name, found in stored.items()} == plain
-    for name, tensor in iterate_weights(tmp_path / "ckpt"):
+    for name, tensor in checkpoint.iterate_weights():
         assert type(tensor) is Tensor and torch.equal(tensor, saved["weights"][name]), name
     for file in (tmp_path / "ckpt").iterdir():
         assert b"torchao" not in file.read_bytes(), f"{file.name} can only be read with torchao"

@@ -11,7 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_llm import Decoder
-from lightning_llm.checkpoint import distributed as checkpoint_format
+from lightning_llm.checkpoint.module_state import collect, model_state, optimizer_state, restore
+from lightning_llm.checkpoint.reading import Checkpoint
+from lightning_llm.checkpoint.saver import CheckpointSaver
 from lightning_llm.planner.schedules import SCHEDULES, schedule_kind
 from lightning_llm.strategies.mesh import ParallelDims
 from lightning_llm.strategies.plan import plan_of
@@ -52,12 +54,12 @@ def save_and_load(folder: str) -> dict[str, Tensor]:
         return model, optimizer
 
     saved, optimizer = build(0)
-    state = checkpoint_format.model_state(saved, aliases)
-    states = [checkpoint_format.optimizer_state(saved, optimizer, aliases)]
+    state = model_state(saved, aliases)
+    states = [optimizer_state(saved, optimizer, aliases)]
     assert COPY not in state
-    checkpoint_format.save({"state_dict": state, "optimizer_states": states}, Path(folder) / "ckpt")
+    CheckpointSaver().save(collect({"state_dict": state, "optimizer_states": states}), Path(folder) / "ckpt")
     loaded, optimizer_loaded = build(5)
-    checkpoint_format.load(Path(folder) / "ckpt", loaded, [optimizer_loaded], aliases)
+    restore(Checkpoint.open(Path(folder) / "ckpt"), loaded, [optimizer_loaded], aliases)
     for (name, parameter), expected in zip(loaded.named_parameters(), saved.parameters(), strict=True):
         assert torch.equal(parameter, expected), name
         assert torch.equal(optimizer_loaded.state[parameter]["exp_avg"], optimizer.state[expected]["exp_avg"]), name
