@@ -96,6 +96,10 @@ def select(path: str | Path, *, alone: bool = False) -> Selected:
         _report(store, name, problems, ranks)
         raise NoGoodCheckpointError(f"The checkpoint {url}/{name} cannot be loaded: {_list(problems)}")
     store = open_store(path)
+    if ranks.of_first(lambda: Path(path).is_file()):
+        raise ConfigurationError(
+            f"{path} is a file; a checkpoint is a folder. `lightning-llm import` makes one of a Lightning .ckpt file."
+        )
     names: list[str] = ranks.of_first(lambda: newest_first(store))
     if not names:
         raise ConfigurationError(

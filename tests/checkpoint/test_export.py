@@ -9,8 +9,9 @@ import transformers
 
 from lightning_llm import Decoder, TokenDataModule
 from lightning_llm.checkpoint.export import export
-from lightning_llm.errors import ConfigurationError
+from lightning_llm.errors import ConfigurationError, NoGoodCheckpointError
 from lightning_llm.models.generation import generate
+from tests.checkpoint.damage import reseal
 from tests.checkpoint.runs import CONFIG, run
 from tests.distributed import run_distributed
 
@@ -88,8 +89,12 @@ def test_what_cannot_be_exported_is_named(tmp_path: Path, corpus: Path) -> None:
         export(tmp_path / "none", tmp_path / "model")
     run_distributed(train_and_save, 1, 1, {}, corpus, tmp_path / "checkpoint", "llama")
     CONFIG.replace(hidden_size=64).save(tmp_path / "checkpoint")
+    with pytest.raises(NoGoodCheckpointError, match=r"config\.json: chunk 0 .* has the xxh3_128 digest"):
+        export(tmp_path / "checkpoint", tmp_path / "model")
+    reseal(tmp_path / "checkpoint")
     with pytest.raises(ConfigurationError, match="missing or of another shape"):
         export(tmp_path / "checkpoint", tmp_path / "model")
     (tmp_path / "checkpoint" / "config.json").unlink()
+    reseal(tmp_path / "checkpoint")
     with pytest.raises(ConfigurationError, match=r"config\.json"):
         export(tmp_path / "checkpoint", tmp_path / "model")
