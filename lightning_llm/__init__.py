@@ -7,6 +7,7 @@ from lightning_llm import _environment  # noqa: F401, I001  it explains what wou
 
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lightning_llm._version import __version__
 from lightning_llm.data.module import TokenDataModule
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.models.config import DecoderConfig
@@ -15,7 +16,14 @@ from lightning_llm.models.module import LLMModule
 from lightning_llm.strategies.llm3d import LLM3DStrategy
 from lightning_llm.strategies.presets import register_presets
 
-__version__ = "0.1.0"
-__all__ = ["ConfigurationError", "Decoder", "DecoderConfig", "LLM3DStrategy", "LLMModule", "TokenDataModule"]
+__all__ = [
+    "ConfigurationError",
+    "Decoder",
+    "DecoderConfig",
+    "LLM3DStrategy",
+    "LLMModule",
+    "TokenDataModule",
+    "__version__",
+]
 
 register_presets(StrategyRegistry)

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_llm._torch import own_store
+from lightning_llm._version import __version__
 from lightning_llm.checkpoint.digest import FileRecord
 from lightning_llm.checkpoint.encoding import encode
 from lightning_llm.checkpoint.manifest import Manifest, secret
@@ -204,11 +205,10 @@ class CheckpointSaver:
             raise CheckpointError(f"The checkpoint {outcome.path} could not be saved: {outcome.error}")
         return outcome
 
-    def wait(self) -> None:
-        """Returns when nothing is being written."""
+    def wait(self, limit: float | None = None) -> None:
+        """Returns when nothing is being written, or after `limit` seconds."""
         if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+            self._thread.join(limit)
 
     def finished(self) -> Outcome | None:
         """What became of the last save, once; None while it is being written, or if it was told already."""
@@ -286,10 +286,8 @@ class CheckpointSaver:
         return files
 
     def _manifest_for(self, state: RunState) -> Callable[[Mapping[str, FileRecord]], Manifest]:
-        import lightning_llm
-
         versions = {
-            "lightning_llm": lightning_llm.__version__,
+            "lightning_llm": __version__,
             "lightning": lightning.__version__,
             "torch": torch.__version__,
         }

@@ -1,0 +1,344 @@
+"""`AsyncDistributedCheckpoint`: a ModelCheckpoint whose checkpoints are written while training goes on, and verified.
+
+What is saved when, under which name and what is kept is Lightning's ModelCheckpoint; how it is saved is the room
+`checkpoint`. What this file adds is the time between: nothing that was decided at a save is final until it is
+committed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_llm.checkpoint.interval import best_interval, mtbf
+from lightning_llm.checkpoint.plugin import VerifiedCheckpointIO, collect_whole
+from lightning_llm.checkpoint.saver import CheckpointSaver, Outcome
+from lightning_llm.checkpoint.store import CheckpointStore, open_store, split_url
+from lightning_llm.checkpoint.worker import Verify
+from lightning_llm.errors import CheckpointError, ConfigurationError
+from lightning_llm.strategies.state import ShardedState
+
+log = logging.getLogger(__name__)
+
+FAREWELL = 60.0  # seconds that a save in the background gets to its end when the run fails
+# What ModelCheckpoint changes when it decides to save, and what must be taken back if nothing comes of it.
+_DECISIONS = (
+    "best_k_models",
+    "kth_best_model_path",
+    "kth_value",
+    "best_model_path",
+    "best_model_score",
+    "current_score",
+    "last_model_path",
+    "_last_checkpoint_saved",
+    "_last_global_step_saved",
+)
+
+
+class AsyncDistributedCheckpoint(ModelCheckpoint):
+    """Saves verified checkpoints in the background; every argument of ModelCheckpoint means what it means there.
+
+    Training stands still for the snapshot alone: a copy into host memory. A process of its own writes it, reads back
+    what `verify` asks for, and the ranks commit together. One save is in flight at a time. An older checkpoint is
+    removed only when the one that takes its place is committed, and the one that the run was resumed from is never
+    removed.
+
+    `fit(ckpt_path="last")` goes on from the newest checkpoint in `dirpath` that verifies; if there are some and none
+    does, the run ends with exit code 77. Under strategies other than `llm3d` that gather their state on rank 0 (one
+    device, DDP) that rank saves alone.
+
+    Args:
+        dirpath: Folder, or `s3://bucket/prefix`.
+        verify: What is read back before a commit: "full", "sample" (some chunks of each file) or "none".
+        when_busy: What to do when the next save is due and the last one is not committed: "wait" for it, or "skip" the
+            new one; `skipped` counts them.
+        on_failure: "retry" makes `retries` further attempts from the same snapshot, then warns, and raises after
+            `max_failures` saves in a row; "warn" never raises; "raise" does at once.
+        retries: Attempts after the first one.
+        backoff: Seconds before the second attempt, doubled for each further one.
+        max_failures: Saves in a row that may fail.
+        timeout: Seconds for one rank to write its file, and for waiting for the other ranks.
+        background: False writes in the training process, and training waits for the commit.
+        mtbf_hours: Hours between failures of the whole run, for the advice on how often to save; None takes what is
+            published for clusters of this size.
+        kwargs: ModelCheckpoint's: filename, monitor, mode, every_n_train_steps, every_n_epochs, train_time_interval,
+            save_top_k, save_last, save_weights_only, save_on_exception, ...
+
+    Attributes:
+        skipped: Saves that were due and not made.
+        failures: Saves in a row that failed until now.
+        latest: What became of the last save that ended.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | Path | None = None,
+        *,
+        verify: Verify = "sample",
+        when_busy: Literal["wait", "skip"] = "wait",
+        on_failure: Literal["retry", "warn", "raise"] = "retry",
+        retries: int = 3,
+        backoff: float = 1.0,
+        max_failures: int = 3,
+        timeout: float = 1800.0,
+        background: bool = True,
+        mtbf_hours: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        _check_choice("verify", verify, ("full", "sample", "none"))
+        _check_choice("when_busy", when_busy, ("wait", "skip"))
+        _check_choice("on_failure", on_failure, ("retry", "warn", "raise"))
+        super().__init__(dirpath, **kwargs)
+        self.when_busy = when_busy
+        self.on_failure = on_failure
+        self.max_failures = max_failures
+        self.mtbf_hours = mtbf_hours
+        self.skipped = 0
+        self.failures = 0
+        self.latest: Outcome | None = None
+        self._settings: dict[str, Any] = {
+            "verify": verify,
+            "retries": retries if on_failure == "retry" else 0,
+            "backoff": backoff,
+            "timeout": timeout,
+            "background": background,
+        }
+        self._saver: CheckpointSaver | None = None
+        self._before: dict[str, Any] = {}  # the decisions as they were before the save that is in flight
+        self._ended: Outcome | None = None  # told here, but not yet agreed on by all ranks
+        self._afterwards: list[Callable[[CheckpointStore], None]] = []
+        self._housekeeping: ThreadPoolExecutor | None = None
+        self._started = (0.0, 0)
+        self._advised = False
+
+    # -- when to save: ModelCheckpoint's hooks, with a look at what became of the last save --
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if not isinstance(trainer.strategy, ShardedState) and not isinstance(
+            trainer.strategy.checkpoint_io, VerifiedCheckpointIO
+        ):
+            trainer.strategy.checkpoint_io = VerifiedCheckpointIO()
+        if stage == "fit" and trainer.is_global_zero:
+            open_store(str(self.dirpath)).sweep()
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._started = (time.monotonic(), trainer.global_step)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._look(trainer)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        self._settle(trainer)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        if self._saver is not None:
+            self._saver.wait(FAREWELL)  # the other ranks still have the threads that it needs
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._settle(trainer)
+            if self._saver is not None:
+                self._saver.close()
+                self._saver = None
+            if self._housekeeping is not None:
+                self._housekeeping.shutdown()
+                self._housekeeping = None
+        super().teardown(trainer, pl_module, stage)
+
+    @override
+    def _save_topk_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        if self._may_save(trainer):
+            super()._save_topk_checkpoint(trainer, monitor_candidates)
+
+    @override
+    def _save_last_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        """`last` is another name of what was just saved; only where nothing was, a checkpoint of its own."""
+        saved_now = self._last_checkpoint_saved and self._last_global_step_saved == trainer.global_step
+        if not self.save_last:
+            return
+        if saved_now or self.save_last == "link":
+            if self._last_checkpoint_saved:
+                self.last_model_path = self.format_checkpoint_name(monitor_candidates, self.CHECKPOINT_NAME_LAST)
+                name, target = split_url(self.last_model_path)[1], split_url(self._last_checkpoint_saved)[1]
+                self._afterwards.append(lambda store: store.alias(name, target))
+        elif self._may_save(trainer):
+            super()._save_last_checkpoint(trainer, monitor_candidates)
+
+    def _may_save(self, trainer: pl.Trainer) -> bool:
+        """Whether a save that is due now is made; then the one before has come to its end."""
+        busy = self._saver is not None and self._saver.busy
+        if self.when_busy == "skip" and trainer.strategy.reduce_boolean_decision(busy, all=False):
+            self.skipped += 1
+            rank_zero_warn(
+                f"The checkpoint of step {trainer.global_step} is skipped, since the one before is still being written "
+                f"({self.skipped} skipped until now). Save less often, or set when_busy='wait'."
+            )
+            return False
+        self._settle(trainer)
+        self._before = {name: getattr(self, name) for name in _DECISIONS if hasattr(self, name)}
+        self._before["best_k_models"] = dict(self.best_k_models)
+        return True
+
+    # -- saving --
+
+    @override
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
+        strategy = trainer.strategy
+        sharded = isinstance(strategy, ShardedState)
+        if self._saver is None and (sharded or trainer.is_global_zero):
+            self._saver = CheckpointSaver(strategy.root_device, alone=not sharded, **self._settings)
+        if self._saver is not None:
+            state = strategy.run_state(checkpoint) if isinstance(strategy, ShardedState) else collect_whole(checkpoint)
+            try:
+                self._saver.save(state, filepath)
+            except CheckpointError as error:  # in the foreground: `finished` has it too
+                log.debug("%s", error)
+        self._last_global_step_saved = trainer.global_step
+        self._last_checkpoint_saved = filepath
+
+    @override
+    def _remove_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        url, name = split_url(filepath)
+
+        def remove(store: CheckpointStore) -> None:
+            store = store if store.url == url else open_store(url)
+            store.remove(name)
+
+        self._afterwards.append(remove)
+
+    @override
+    def _should_remove_checkpoint(self, trainer: pl.Trainer, previous: str, current: str) -> bool:
+        restored = getattr(trainer.strategy, "restored_from", None)
+        if restored is not None and split_url(restored) == split_url(previous):
+            return False
+        return super()._should_remove_checkpoint(trainer, previous, current)
+
+    @override
+    def file_exists(self, filepath: str | Path, trainer: pl.Trainer) -> bool:
+        url, name = split_url(filepath)
+        there = trainer.is_global_zero and (os.path.lexists(filepath) or bool(open_store(url).manifest(name)))
+        return trainer.strategy.reduce_boolean_decision(there, all=False)
+
+    @override
+    def _find_last_checkpoints(self, trainer: pl.Trainer) -> set[str]:
+        """The folder, if there is any checkpoint in it: which one is good is found when it is loaded."""
+        folder = self.dirpath or self._ModelCheckpoint__resolve_ckpt_dir(trainer)  # type: ignore[attr-defined]
+        return {str(folder)} if open_store(str(folder)).names() else set()
+
+    # -- what became of it --
+
+    def _look(self, trainer: pl.Trainer) -> None:
+        """Takes note of the save in flight if it has ended; the steps of different ranks may see it at different ones.
+
+        Raises:
+            CheckpointError: It failed, and as many before it as `on_failure` allows.
+        """
+        outcome = self._saver.finished() if self._saver is not None else None
+        if outcome is None:
+            return
+        self._ended = self.latest = outcome
+        if outcome.error is None:
+            self.failures = 0
+            self._on_committed(trainer, outcome)
+            return
+        self.failures += 1
+        self._afterwards.clear()
+        text = (
+            f"The checkpoint {outcome.path} of step {outcome.step} could not be saved ({outcome.attempts} attempts): "
+            f"{outcome.error}"
+        )
+        limit = {"retry": self.max_failures, "raise": 1}.get(self.on_failure)
+        if limit is not None and self.failures >= limit:
+            raise CheckpointError(f"{text}. It is the {self.failures}. in a row; earlier checkpoints are as they were.")
+        rank_zero_warn(text)
+
+    def _on_committed(self, trainer: pl.Trainer, outcome: Outcome) -> None:
+        afterwards, self._afterwards = self._afterwards, []
+        if not trainer.is_global_zero:
+            return
+        figures = {
+            "checkpoint/blocked_seconds": outcome.blocked,
+            "checkpoint/write_seconds": outcome.written,
+            "checkpoint/bytes": outcome.size,
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=outcome.step)
+            logger.after_save_checkpoint(self)
+        if self.verbose:
+            rank_zero_info(
+                f"Committed {outcome.path}: {outcome.size / 1e6:.1f} MB, training stood still for "
+                f"{outcome.blocked:.2f} s, written in {outcome.written:.1f} s"
+            )
+        self._advise(trainer, outcome)
+        if self._housekeeping is None:
+            self._housekeeping = ThreadPoolExecutor(1, "checkpoint-housekeeping")
+        store = open_store(split_url(outcome.path)[0])
+        for act in afterwards:
+            self._housekeeping.submit(_try, act, store)
+
+    def _settle(self, trainer: pl.Trainer) -> None:
+        """Waits for the save in flight; if it failed on any rank, takes back on all what was decided with it."""
+        if self._saver is not None:
+            self._saver.wait()
+            self._look(trainer)
+        failed = self._ended is not None and self._ended.error is not None
+        if trainer.strategy.reduce_boolean_decision(failed, all=False):
+            self._afterwards.clear()
+            for name, value in self._before.items():
+                setattr(self, name, value)
+        self._ended = None
+        self._before = {}
+
+    def _advise(self, trainer: pl.Trainer, outcome: Outcome) -> None:
+        """Says once how often to save, from what a save costs here."""
+        began, first_step = self._started
+        steps = trainer.global_step - first_step
+        if self._advised or steps <= 0:
+            return
+        self._advised = True
+        between = mtbf(trainer.world_size) if self.mtbf_hours is None else self.mtbf_hours * 3600
+        seconds = best_interval(outcome.blocked, between, outcome.written)
+        per_step = (time.monotonic() - began) / steps
+        rank_zero_info(
+            f"A checkpoint stops training for {outcome.blocked:.2f} s and is committed {outcome.written:.1f} s later. "
+            f"At one failure in {between / 3600:.0f} h the least is lost with one every {seconds:.0f} s "
+            f"(every_n_train_steps={max(1, round(seconds / per_step))}; Young and Daly)."
+        )
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigurationError(f"{name}={value!r} is not one of {', '.join(choices)}.")
+
+
+def _try(act: Callable[[CheckpointStore], None], store: CheckpointStore) -> None:
+    """Housekeeping may fail without harm: what could not be removed stays."""
+    try:
+        act(store)
+    except (OSError, ConfigurationError) as error:
+        log.warning("%s", error)

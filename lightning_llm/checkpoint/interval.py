@@ -1,0 +1,53 @@
+"""How often to save: often enough that a failure costs little, seldom enough that saving does.
+
+J. W. Young, "A first order approximation to the optimum checkpoint interval" (1974); J. T. Daly, "A higher order
+estimate of the optimum checkpoint interval for restart dumps" (2006).
+"""
+
+from __future__ import annotations
+
+import math
+
+# Hours between failures of one accelerator: 419 unexpected interruptions of 16,384 GPUs in 54 days ("The Llama 3 Herd
+# of Models", 2024, section 3.3.4) are one in 50,700; Meta's research clusters see one in 8,100 ("Revisiting Reliability
+# in Large-Scale Machine Learning Research Clusters", 2024). The worse of the two makes the safer advice.
+DEVICE_MTBF_HOURS = 8_100.0
+
+
+def mtbf(devices: int, device_hours: float = DEVICE_MTBF_HOURS) -> float:
+    """Seconds between failures of a run.
+
+    Args:
+        devices: Of the run; any of them stops it.
+        device_hours: Hours between failures of one.
+    """
+    return device_hours * 3600 / devices
+
+
+def best_interval(cost: float, mtbf: float, write: float = 0.0) -> float:
+    """Seconds from one save to the next that lose the least time to saving and to failures together.
+
+    Daly's estimate; for a cost far below the MTBF it is Young's sqrt(2 * cost * mtbf).
+
+    Args:
+        cost: Seconds that training stands still for a save.
+        mtbf: Seconds between failures.
+        write: Seconds until a save is committed; the next one does not begin before.
+    """
+    if cost >= 2 * mtbf:
+        return max(mtbf, write)
+    ratio = math.sqrt(cost / (2 * mtbf))
+    interval = math.sqrt(2 * cost * mtbf) * (1 + ratio / 3 + ratio**2 / 9) - cost
+    return max(interval, write)
+
+
+def lost_share(interval: float, cost: float, mtbf: float, restart: float = 0.0) -> float:
+    """Share of the time that goes into saving, and into what is computed again after failures (first order).
+
+    Args:
+        interval: Seconds from save to save.
+        cost: Seconds that training stands still for a save.
+        mtbf: Seconds between failures.
+        restart: Seconds from a failure to the first new step.
+    """
+    return cost / interval + (interval / 2 + restart) / mtbf
