@@ -148,15 +148,14 @@ class FolderStore:
             while count := _fill(stream, buffer):
                 yield buffer[:count]
 
-    def read_back(self, location: str, file: str, chunk_size: int, chunks: Sequence[int]) -> Iterator[Buffer]:
-        """Drops what the kernel keeps of the chunks, then reads them."""
+    def read_back(self, location: str, file: str, ranges: Sequence[tuple[int, int]]) -> Iterator[Buffer]:
+        """Drops what the kernel keeps of the parts, then reads them."""
         descriptor = os.open(Path(location, file), os.O_RDONLY)
         try:
-            for chunk in chunks:
-                start = chunk * chunk_size
+            for start, size in ranges:
                 if hasattr(os, "posix_fadvise"):
-                    os.posix_fadvise(descriptor, start, chunk_size, os.POSIX_FADV_DONTNEED)
-                yield os.pread(descriptor, chunk_size, start)
+                    os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_DONTNEED)
+                yield os.pread(descriptor, size, start)
         finally:
             os.close(descriptor)
 

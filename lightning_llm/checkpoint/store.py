@@ -70,8 +70,14 @@ class CheckpointStore(Protocol):
         """
         ...
 
-    def read_back(self, location: str, file: str, chunk_size: int, chunks: Sequence[int]) -> Iterator[Buffer]:
-        """These chunks of a file that was just written, from the medium itself where that can be had."""
+    def read_back(self, location: str, file: str, ranges: Sequence[tuple[int, int]]) -> Iterator[Buffer]:
+        """Parts of a file that was just written, from the medium itself where that can be had.
+
+        Args:
+            location: Of the draft.
+            file: Path within it.
+            ranges: First byte and number of bytes of each part.
+        """
         ...
 
     def fetch(self, name: str, manifest: Manifest, files: Iterable[str]) -> Path:

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,8 @@ from lightning_llm.checkpoint.digest import ALGORITHMS, CHUNK_SIZE, FileRecord
 from lightning_llm.checkpoint.store import CheckpointStore, open_store
 
 Verify = Literal["full", "sample", "none"]
-SAMPLED = 2  # chunks of each file that "sample" reads back
+SAMPLE_SIZE = 1 << 20  # bytes of a block that "sample" reads back
+MOST_SAMPLES = 32  # such blocks of a file, beside its first
 
 # The package's face imports torch and Lightning, which this process has no use for: a bare package takes its place.
 _START = """
@@ -54,25 +55,69 @@ def write_and_check(
         file: Path within it.
         buffers: The content.
         algorithm: Of the digests.
-        verify: "full" reads all back, "sample" a few chunks, "none" nothing.
+        verify: "full" reads all back, "sample" a block of each chunk, "none" nothing.
 
     Raises:
         OSError: It could not be written.
         WriteError: What was read back is not what was written.
     """
-    record = store.write(location, file, buffers, algorithm)
-    chunks = range(len(record.chunks))
-    if verify == "none" or not record.size:
-        return record
-    chosen = chunks if verify == "full" else sorted(random.sample(chunks, min(SAMPLED, len(chunks))))
-    for chunk, content in zip(chosen, store.read_back(location, file, CHUNK_SIZE, chosen), strict=True):
-        digest = ALGORITHMS[algorithm](content).hexdigest()
-        if digest != record.chunks[chunk]:
+    samples = Samples(algorithm)
+    record = store.write(location, file, samples.taken_from(buffers) if verify == "sample" else buffers, algorithm)
+    parts: list[tuple[tuple[int, int], str]] = []
+    if verify == "sample":
+        parts = samples.parts()
+    elif verify == "full":
+        starts = range(0, record.size, CHUNK_SIZE)
+        parts = [((start, CHUNK_SIZE), digest) for start, digest in zip(starts, record.chunks, strict=False)]
+    ranges = [where for where, _ in parts]
+    for ((start, size), digest), content in zip(parts, store.read_back(location, file, ranges), strict=True):
+        found = ALGORITHMS[algorithm](content).hexdigest()
+        if found != digest:
             raise WriteError(
-                f"{file} does not read back as it was written: chunk {chunk} has the {algorithm} digest {digest} "
-                f"instead of {record.chunks[chunk]}"
+                f"{file} does not read back as it was written: bytes {start} to {start + size} have the {algorithm} "
+                f"digest {found} instead of {digest}"
             )
     return record
+
+
+class Samples:
+    """A block of each chunk of a stream, at a random place, to be compared to what is read back.
+
+    Args:
+        algorithm: Of the digests.
+    """
+
+    def __init__(self, algorithm: str) -> None:
+        self._new = ALGORITHMS[algorithm]
+        self._blocks: list[tuple[int, int, Any]] = []  # start, bytes until now, digest
+
+    def taken_from(self, buffers: Iterable[Buffer]) -> Iterator[Buffer]:
+        """The same buffers; notes the blocks on the way."""
+        position, start = 0, self._next_start(0)
+        for buffer in buffers:
+            view = memoryview(buffer).cast("B")
+            end = position + len(view)
+            while start < end:
+                part = view[max(0, start - position) : start + SAMPLE_SIZE - position]
+                if not self._blocks or self._blocks[-1][0] != start:
+                    self._blocks.append((start, 0, self._new()))
+                _, size, digest = self._blocks[-1]
+                digest.update(part)
+                self._blocks[-1] = (start, size + len(part), digest)
+                if end < start + SAMPLE_SIZE:
+                    break
+                start = self._next_start(start // CHUNK_SIZE + 1)
+            yield view
+            position = end
+
+    @staticmethod
+    def _next_start(chunk: int) -> int:
+        return chunk * CHUNK_SIZE + (random.randrange(CHUNK_SIZE - SAMPLE_SIZE + 1) if chunk else 0)
+
+    def parts(self) -> list[tuple[tuple[int, int], str]]:
+        """Place, size and digest of some of the blocks: the first, which has the header, and others."""
+        some = random.sample(self._blocks[1:], min(MOST_SAMPLES, len(self._blocks) - 1)) if self._blocks else []
+        return [((start, size), digest.hexdigest()) for start, size, digest in (*self._blocks[:1], *some)]
 
 
 class Worker:
