@@ -13,6 +13,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
 
     Results travel through files: return plain data or CPU tensors.
     """
-    folder = Path(tempfile.mkdtemp(prefix="ranks-"))
-    pids = {rank: _fork(rank, world_size, folder, function, args) for rank in range(world_size)}
+    ranks = start_ranks(function, world_size, *args)
+    folder, pids = ranks.folder, ranks.pids
     failed = _wait(pids, timeout)
     errors = {rank: (folder / f"error-{rank}").read_text() for rank in pids if (folder / f"error-{rank}").exists()}
     if errors or failed:
@@ -37,6 +38,24 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
         detail = f"first failure, rank {first}:\n{errors[first]}" if first is not None else "no traceback was left"
         raise AssertionError(f"ranks {failed} of {world_size} failed ({sorted(errors)} raised); {detail}")
     return [pickle.loads((folder / f"result-{rank}").read_bytes()) for rank in pids]
+
+
+@dataclass
+class Ranks:
+    """Processes that run, for tests that do something to them."""
+
+    folder: Path
+    pids: dict[int, int]
+
+    def end(self, wait: float = 0.0) -> dict[int, str]:
+        """Ends all that still run after `wait` seconds; returns those that failed and why."""
+        return _wait(self.pids, wait)
+
+
+def start_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> Ranks:
+    """Starts what `run_distributed` waits for."""
+    folder = Path(tempfile.mkdtemp(prefix="ranks-"))
+    return Ranks(folder, {rank: _fork(rank, world_size, folder, function, args) for rank in range(world_size)})
 
 
 def _fork(rank: int, world_size: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> int:
@@ -74,7 +93,7 @@ def _fork(rank: int, world_size: int, folder: Path, function: Callable[..., Any]
         os._exit(code)
 
 
-def _wait(pids: dict[int, int], timeout: int) -> dict[int, str]:
+def _wait(pids: dict[int, int], timeout: float) -> dict[int, str]:
     """Waits for all ranks; returns those that did not exit with 0 and why. Ends the rest soon after a first failure."""
     deadline = time.monotonic() + timeout
     running = dict(pids)

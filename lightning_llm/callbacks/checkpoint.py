@@ -167,6 +167,7 @@ class AsyncDistributedCheckpoint(ModelCheckpoint):
             if self._housekeeping is not None:
                 self._housekeeping.shutdown()
                 self._housekeeping = None
+            trainer.strategy.barrier("AsyncDistributedCheckpoint.teardown")  # all ranks find the folder as it stays
         super().teardown(trainer, pl_module, stage)
 
     @override
@@ -233,7 +234,9 @@ class AsyncDistributedCheckpoint(ModelCheckpoint):
 
     @override
     def _should_remove_checkpoint(self, trainer: pl.Trainer, previous: str, current: str) -> bool:
-        restored = getattr(trainer.strategy, "restored_from", None)
+        strategy = trainer.strategy
+        keeper = strategy if isinstance(strategy, ShardedState) else strategy.checkpoint_io
+        restored = getattr(keeper, "restored_from", None)
         if restored is not None and split_url(restored) == split_url(previous):
             return False
         return super()._should_remove_checkpoint(trainer, previous, current)

@@ -42,7 +42,13 @@ def collect_whole(checkpoint: Mapping[str, Any]) -> RunState:
 
 
 class VerifiedCheckpointIO(CheckpointIO):
-    """Saves folders of safetensors with a manifest, and loads nothing that does not match it."""
+    """Saves folders of safetensors with a manifest, and loads nothing that does not match it.
+
+    Attributes:
+        restored_from: The checkpoint that was loaded last.
+    """
+
+    restored_from: str | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Saves a checkpoint; Lightning calls it on rank 0."""
@@ -59,6 +65,7 @@ class VerifiedCheckpointIO(CheckpointIO):
             weights_only: Nothing: no checkpoint of this project can run code.
         """
         checkpoint = Checkpoint.open(path)
+        self.restored_from = checkpoint.path
         state = checkpoint.trainer_state()
         tensors = _Tensors(checkpoint, map_location)
         if OPTIMIZERS in state:
