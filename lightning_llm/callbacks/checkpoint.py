@@ -21,12 +21,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_llm.checkpoint.interval import best_interval, mtbf
 from lightning_llm.checkpoint.plugin import VerifiedCheckpointIO, collect_whole
 from lightning_llm.checkpoint.saver import CheckpointSaver, Outcome
 from lightning_llm.checkpoint.store import CheckpointStore, open_store, split_url
 from lightning_llm.checkpoint.worker import Verify
 from lightning_llm.errors import CheckpointError, ConfigurationError
+from lightning_llm.planner.saving import best_interval, mtbf
 from lightning_llm.strategies.state import ShardedState
 
 log = logging.getLogger(__name__)

@@ -14,6 +14,7 @@ from lightning_llm.planner.estimate import Cluster, Estimate, estimate, timeline
 from lightning_llm.planner.layout import Layout, Workload
 from lightning_llm.planner.memory import Memory
 from lightning_llm.planner.reasons import departures, reasons
+from lightning_llm.planner.saving import Saving, estimate_saving
 from lightning_llm.planner.search import Options, search
 from lightning_llm.planner.shape import Shape
 from lightning_llm.planner.timeline import Action, Span, Timeline
@@ -79,6 +80,17 @@ class Plan:
         """Whether the fullest rank has enough memory."""
         return self.estimate.memory.total <= self.device_memory
 
+    @property
+    def saving(self) -> Saving:
+        """What checkpoints cost, and how often to make one."""
+        memory = self.estimate.memory
+        return estimate_saving(memory.parameters + memory.optimizer, self.devices)
+
+    @property
+    def steps_between_saves(self) -> int:
+        """For `every_n_train_steps`."""
+        return max(1, round(self.saving.interval / self.estimate.step_seconds))
+
     def strategy_arguments(self) -> dict[str, Any]:
         """The `init_args` of `LLM3DStrategy`; what is its default is left out."""
         layout = self.layout
@@ -128,6 +140,7 @@ class Plan:
         values["strategy"] = self.strategy_arguments()
         values["memory_total"] = self.estimate.memory.total
         values["fits"] = self.fits
+        values["saving"] = {**dataclasses.asdict(self.saving), "every_n_train_steps": self.steps_between_saves}
         values["bubble_by_rank"] = [self.timeline.bubble(rank) for rank in range(len(self.timeline.spans))]
         values["in_flight_by_rank"] = [self.timeline.most_in_flight(rank) for rank in range(len(self.timeline.spans))]
         return json.dumps(values, indent=indent)

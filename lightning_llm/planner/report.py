@@ -46,6 +46,7 @@ def render(plan: Plan, console: Console | None = None) -> None:
     if plan.traffic:
         console.print(_traffic_table(plan))
     console.print(_time_table(plan))
+    console.print(_saving_table(plan))
     if plan.runner_ups:
         console.print(_runner_up_table(plan))
     console.print(f"[bold]mesh[/bold]\n{draw_mesh(layout, plan.devices_per_node)}")
@@ -89,6 +90,25 @@ def _time_table(plan: Plan) -> Table:
         ("step", f"{result.step_seconds:.3f} s"),
         ("tokens per second and device", f"{result.tokens_per_second_per_device:,.0f}"),
         ("MFU", f"{result.mfu:.1%}"),
+    ):
+        table.add_row(what, figure)
+    return table
+
+
+def _saving_table(plan: Plan) -> Table:
+    saving = plan.saving
+    table = Table(
+        title="\ncheckpoints in the background", title_justify="left", box=None, pad_edge=False, show_header=False
+    )
+    table.add_column("what")
+    table.add_column("figure", justify="right")
+    for what, figure in (
+        ("a device writes", f"{saving.bytes_per_device / GIB:.2f} GiB"),
+        ("training stands still", f"{saving.blocked:.2f} s"),
+        ("written", f"{saving.written:.0f} s later"),
+        ("a failure", f"every {saving.mtbf / 3600:.1f} h"),
+        ("best interval (Young, Daly)", f"{saving.interval:.0f} s, every_n_train_steps={plan.steps_between_saves}"),
+        ("lost to saves and failures", f"{saving.lost:.1%}"),
     ):
         table.add_row(what, figure)
     return table
