@@ -64,6 +64,8 @@ class FolderStore:
     def write(self, location: str, file: str, buffers: Iterable[Buffer], algorithm: str) -> FileRecord:
         """Writes a file and syncs it to the disk."""
         path = Path(location, file)
+        if not Path(location).is_dir():
+            raise FileNotFoundError(f"rank 0 made {location}, which is not there: all nodes must share {self.root}")
         path.parent.mkdir(parents=True, exist_ok=True)
         record = write_file(path, buffers, algorithm)
         sync_folder(path.parent)

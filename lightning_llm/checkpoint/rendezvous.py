@@ -47,13 +47,13 @@ class Rendezvous:
             return message
         return self._get(name, f"rank 0 did not announce {key!r}", self._timeout)
 
-    def report(self, key: str, message: Any) -> list[Any] | None:
-        """All ranks' messages, on rank 0; None elsewhere."""
+    def report(self, key: str, message: Any) -> list[Any]:
+        """All ranks' messages, on rank 0; elsewhere nothing."""
         if self._store is None:
             return [message]
         if self.rank != 0:
             self._store.set(f"{self._topic}/{key}/{self.rank}", json.dumps(message))
-            return None
+            return []
         deadline = time.monotonic() + self._timeout
         messages = [message]
         for rank in range(1, self._world_size):

@@ -42,6 +42,8 @@ INDEX = "index.json"
 TRAINER = "trainer.json"
 TRAINER_TENSORS = "trainer.safetensors"
 
+LATENESS = 30.0  # seconds that ranks may be apart, on top of the time that one has to write its file
+
 log = logging.getLogger(__name__)
 
 
@@ -113,7 +115,6 @@ class _Job:
     values: Any
     small_files: dict[str, bytes]
     manifest: Callable[[Mapping[str, FileRecord]], Manifest]
-    after: Callable[[CheckpointStore], None] | None
     blocked: float
     started: float
 
@@ -173,15 +174,12 @@ class CheckpointSaver:
         """Process that writes in the background, once there is one."""
         return self._worker.pid if self._worker is not None else None
 
-    def save(
-        self, state: RunState, path: str | Path, after: Callable[[CheckpointStore], None] | None = None
-    ) -> Outcome | None:
+    def save(self, state: RunState, path: str | Path) -> Outcome | None:
         """Saves a checkpoint. Collective.
 
         Args:
             state: Of this rank; in the background it may change as soon as this returns.
             path: The checkpoint's folder or URL.
-            after: Called on rank 0 with the store once the checkpoint is committed.
 
         Returns:
             What became of it; None in the background, see `wait` and `finished`.
@@ -192,7 +190,7 @@ class CheckpointSaver:
         """
         self.wait()
         started = time.monotonic()
-        job = self._snapshot(state, str(path), after, started)
+        job = self._snapshot(state, str(path), started)
         if self._buffer is not None:
             job.blocked = time.monotonic() - started
             self._thread = threading.Thread(target=self._run, args=(job,), name="checkpoint-saver", daemon=True)
@@ -227,9 +225,7 @@ class CheckpointSaver:
 
     # -- the snapshot --
 
-    def _snapshot(
-        self, state: RunState, path: str, after: Callable[[CheckpointStore], None] | None, started: float
-    ) -> _Job:
+    def _snapshot(self, state: RunState, path: str, started: float) -> _Job:
         plan = self._plan_for(state)
         tensors = {block.key: local_part(state.tensors[block.tensor]) for block in plan.blocks}
         metadata = {"rank": json.dumps(encode(state.rank, tensors, "rank"))}
@@ -247,7 +243,6 @@ class CheckpointSaver:
             values=encoded,
             small_files=self._small_files(state) if self.rank == 0 else {},
             manifest=self._manifest_for(state),
-            after=after,
             blocked=0.0,
             started=started,
         )
@@ -329,23 +324,19 @@ class CheckpointSaver:
     def _attempt(self, job: _Job, attempt: int) -> int:
         """From draft to commit; returns the checkpoint's bytes."""
         topic = f"lightning_llm/checkpoint/{job.plan.uuid}/{job.number}/{attempt}"
-        talk = Rendezvous(topic, self.rank, self.world_size, self._timeout, self._store)
+        talk = Rendezvous(topic, self.rank, self.world_size, self._timeout + LATENESS, self._store)
         url, name = split_url(job.path)
         store = open_store(url)
-        location = _checked(
-            talk.announce("draft", _told(lambda: store.create(name, uuid.uuid4().hex[:12])) if self.rank == 0 else None)
-        )
-        reports = talk.report("written", _told(lambda: self._write(job, store, location)))
-        if reports is not None:
-            outcome = _told(lambda: self._commit(job, store, location, name, reports))
-            if "error" in outcome:
-                store.discard(location)
-        else:
-            outcome = None
-        size = _checked(talk.announce("outcome", outcome))
-        if self.rank == 0 and job.after is not None:
-            job.after(store)
-        return size
+        begun = _told(lambda: store.create(name, uuid.uuid4().hex[:12])) if self.rank == 0 else None
+        location = _checked(talk.announce("draft", begun))
+        report = _told(lambda: self._write(job, store, location))
+        if self.rank != 0:
+            talk.report("written", report)
+            return _checked(talk.announce("outcome"))
+        outcome = _told(lambda: self._commit(job, store, location, name, talk.report("written", report)))
+        if "error" in outcome:
+            store.discard(location)
+        return _checked(talk.announce("outcome", outcome))
 
     def _write(self, job: _Job, store: CheckpointStore, location: str) -> dict[str, Any]:
         file = rank_file(self.rank)
