@@ -33,7 +33,7 @@ def test_the_script_trains_on_two_processes(root: Path, data: Path) -> None:
     done = call(f"python examples/own_model/train.py {options}", root)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^val_loss [78]\.\d+; checkpoint in runs/own_model/checkpoint$", done.stdout, re.MULTILINE)
-    assert (root / "runs/own_model/checkpoint/.metadata").is_file()
+    assert (root / "runs/own_model/checkpoint/manifest.json").is_file()
 
 
 @pytest.mark.slow
