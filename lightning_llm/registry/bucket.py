@@ -219,7 +219,7 @@ def _client() -> BaseClient:
         import boto3
     except ImportError as error:
         raise ConfigurationError('A registry in a bucket needs boto3: pip install "lightning-llm[s3]"') from error
-    return boto3.client("s3")
+    return boto3.Session().client("s3")  # the default session would keep credentials of earlier days
 
 
 @contextlib.contextmanager

@@ -122,7 +122,7 @@ def staging(parent: Path) -> Iterator[Path]:
         folder.mkdir()
         yield folder
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        _remove(place)
         os.close(lock)
         with contextlib.suppress(OSError):  # others are at work here
             area.rmdir()
@@ -173,8 +173,16 @@ def _sweep(area: Path) -> None:
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(place, ignore_errors=True)
+            _remove(place)
         except BlockingIOError:
             pass  # its owner lives
         finally:
             os.close(lock)
+
+
+def _remove(place: Path) -> None:
+    """The lock goes last: without it nobody could tell that what is left has no owner."""
+    with contextlib.suppress(OSError):  # another process is removing it too
+        for entry in sorted(place.iterdir(), key=lambda entry: entry.name == "lock"):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        place.rmdir()
