@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
+import signal
+import struct
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lightning_llm.registry import ModelRegistry
+from lightning_llm.registry import ModelRegistry, open_registry
 
 
 def write(folder: Path, seed: int, size: int = 300) -> Path:
@@ -48,6 +52,26 @@ def fork(work: Callable[[], object]) -> int:
 def ended(pid: int) -> int:
     """Waits; returns the exit code, or minus the signal."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def kill_while_registering(url: str, sources: list[Path], bits: random.Random) -> None:
+    """kill -9 of a process that registers one version after the other, within about three of them."""
+    reader, writer = os.pipe()
+
+    def work() -> None:
+        registry, started = open_registry(url), time.monotonic()
+        for number in itertools.count():
+            registry.register("demo", sources[number % len(sources)], metrics={"number": number, "pid": os.getpid()})
+            if number == 0:
+                os.write(writer, struct.pack("d", time.monotonic() - started))
+
+    pid = fork(work)
+    (duration,) = struct.unpack("d", os.read(reader, 8))
+    time.sleep(bits.uniform(0.0, 3.0) * duration)
+    os.kill(pid, signal.SIGKILL)
+    assert ended(pid) == -signal.SIGKILL
+    os.close(reader)
+    os.close(writer)
 
 
 def check(registry: ModelRegistry, scratch: Path) -> int:
