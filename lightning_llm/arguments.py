@@ -14,18 +14,19 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from docstring_parser import parse
 
 
-def parser_of(command: Callable[..., Any]) -> argparse.ArgumentParser:
+def parser_of(command: Callable[..., Any], name: str | None = None) -> argparse.ArgumentParser:
     """A parser for `command(**vars(parser.parse_args()))`.
 
     Args:
         command: Annotated with str, int, float, bool, list[str], or one of these or None. Keyword-only parameters
             become options, the others are given by their place.
+        name: How the command is called behind `lightning-llm`; by default as the function.
     """
     doc = parse(command.__doc__ or "")
     help_of = {parameter.arg_name: parameter.description for parameter in doc.params}
     hints = get_type_hints(command)
     parser = argparse.ArgumentParser(
-        prog=f"lightning-llm {command.__name__}",
+        prog=f"lightning-llm {name or command.__name__}",
         description=doc.short_description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
@@ -38,7 +39,8 @@ def parser_of(command: Callable[..., Any]) -> argparse.ArgumentParser:
         if annotation is bool:
             options["action"] = "store_true"
         elif get_origin(annotation) is list:
-            options |= {"nargs": "+", "type": get_args(annotation)[0], "metavar": name.upper()}
+            # --alias a --alias b is --alias a b
+            options |= {"action": "extend", "nargs": "+", "type": get_args(annotation)[0], "metavar": name.upper()}
         else:
             options["type"] = annotation
         if parameter.kind is not parameter.KEYWORD_ONLY:

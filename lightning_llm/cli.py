@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -256,12 +257,16 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     command.__name__: command for command in (tokenize, export, generate, doctor, plan)
 }
 
+# name -> what it is for, and the room whose commands.py has `main(arguments) -> exit code`
+GROUPS = {"registry": ("Keep versions of models: list, register, promote, pull.", "lightning_llm.registry")}
+
 
 def usage() -> str:
     """The list of commands."""
     lines = ["usage: lightning-llm COMMAND [arguments]    (lightning-llm COMMAND --help tells more)", ""]
     lines += [f"  {name:<10} {text}" for name, text in TRAINER_COMMANDS.items()]
     lines += [f"  {name:<10} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:<10} {text}" for name, (text, _) in GROUPS.items()]
     return "\n".join(lines)
 
 
@@ -272,6 +277,8 @@ def main() -> int:
         print(usage())
         return 0
     name = argv[0]
+    if name in GROUPS:
+        return _answer(partial(_run_group, name, argv[1:]))
     if name not in TRAINER_COMMANDS and name not in COMMANDS:
         print(f"lightning-llm: there is no command {name!r}\n\n{usage()}", file=sys.stderr)
         return USAGE_ERROR
@@ -321,6 +328,10 @@ def _run_function(name: str, arguments: list[str]) -> int:
 
     command = COMMANDS[name]
     return command(**vars(parser_of(command).parse_args(arguments))) or 0
+
+
+def _run_group(name: str, arguments: list[str]) -> int:
+    return import_module(f"{GROUPS[name][1]}.commands").main(arguments)
 
 
 def _run_trainer(

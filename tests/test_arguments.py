@@ -9,6 +9,7 @@ import pytest
 
 from lightning_llm.arguments import parser_of
 from lightning_llm.cli import COMMANDS
+from lightning_llm.registry.commands import COMMANDS as REGISTRY_COMMANDS
 
 
 def bake(
@@ -103,7 +104,9 @@ def test_help_is_the_docstring(capsys: pytest.CaptureFixture[str]) -> None:
     assert "None" not in text and "More about cakes" not in text
 
 
-@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+@pytest.mark.parametrize(
+    "command", [*COMMANDS.values(), *REGISTRY_COMMANDS.values()], ids=[*COMMANDS, *REGISTRY_COMMANDS]
+)
 def test_every_command_explains_all_its_arguments(command: object) -> None:
     parser = parser_of(command)  # type: ignore[arg-type]
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}

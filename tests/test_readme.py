@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from lightning_llm import Decoder, DecoderConfig
-from lightning_llm.cli import COMMANDS, TRAINER_COMMANDS
+from lightning_llm.cli import COMMANDS, GROUPS, TRAINER_COMMANDS
 from tests.test_cli import COMMAND, STDLIB, call
 
 ROOT = Path(__file__).parents[1]
@@ -62,7 +62,7 @@ def test_the_yaml_block_is_a_valid_run(data: Path, tmp_path: Path) -> None:
 
 def test_every_command_that_is_shown_exists() -> None:
     shown = set(re.findall(r"lightning-llm ([a-z]+)", README))
-    assert shown and shown <= {*COMMANDS, *TRAINER_COMMANDS}
+    assert shown and shown <= {*COMMANDS, *TRAINER_COMMANDS, *GROUPS}
     targets = set(re.findall(r"^make ([a-z-]+)", README, re.MULTILINE))
     assert {"demo", "test"} <= targets
     for target in targets:
