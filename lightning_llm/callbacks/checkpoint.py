@@ -21,11 +21,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_llm.callbacks.registration import register_checkpoint
 from lightning_llm.checkpoint.plugin import VerifiedCheckpointIO, collect_whole
 from lightning_llm.checkpoint.saver import CheckpointSaver, Outcome
 from lightning_llm.checkpoint.store import CheckpointStore, open_store, split_url
 from lightning_llm.checkpoint.worker import Verify
-from lightning_llm.errors import CheckpointError, ConfigurationError
+from lightning_llm.errors import CheckpointError, ConfigurationError, NoGoodCheckpointError
 from lightning_llm.planner.saving import best_interval, mtbf
 from lightning_llm.strategies.state import ShardedState
 
@@ -72,6 +73,11 @@ class AsyncDistributedCheckpoint(ModelCheckpoint):
         background: False writes in the training process, and training waits for the commit.
         mtbf_hours: Hours between failures of the whole run, for the advice on how often to save; None takes what is
             published for clusters of this size.
+        register_on_best: Put each new best checkpoint (by `monitor`) into the registry when it is committed, as a
+            Hugging Face folder with the alias "best".
+        registry: Where; see `lightning_llm.registry.open_registry`. None is `LIGHTNING_LLM_REGISTRY`, or the folder
+            `registry`.
+        registry_name: The model's name there; None takes that of the folder which `dirpath` is in.
         kwargs: ModelCheckpoint's: filename, monitor, mode, every_n_train_steps, every_n_epochs, train_time_interval,
             save_top_k, save_last, save_weights_only, save_on_exception, ...
 
@@ -94,12 +100,20 @@ class AsyncDistributedCheckpoint(ModelCheckpoint):
         timeout: float = 1800.0,
         background: bool = True,
         mtbf_hours: float | None = None,
+        register_on_best: bool = False,
+        registry: str | None = None,
+        registry_name: str | None = None,
         **kwargs: Any,
     ) -> None:
         _check_choice("verify", verify, ("full", "sample", "none"))
         _check_choice("when_busy", when_busy, ("wait", "skip"))
         _check_choice("on_failure", on_failure, ("retry", "warn", "raise"))
         super().__init__(dirpath, **kwargs)
+        if register_on_best and self.monitor is None:
+            raise ConfigurationError("register_on_best=True needs monitor=..., which tells what the best one is.")
+        self.register_on_best = register_on_best
+        self.registry = registry
+        self.registry_name = registry_name
         self.when_busy = when_busy
         self.on_failure = on_failure
         self.max_failures = max_failures
@@ -301,8 +315,22 @@ class AsyncDistributedCheckpoint(ModelCheckpoint):
         if self._housekeeping is None:
             self._housekeeping = ThreadPoolExecutor(1, "checkpoint-housekeeping")
         store = open_store(split_url(outcome.path)[0])
+        if self.register_on_best and outcome.path == self.best_model_path:
+            afterwards.append(self._registration(trainer, outcome.path))
         for act in afterwards:
             self._housekeeping.submit(_try, act, store)
+
+    def _registration(self, trainer: pl.Trainer, path: str) -> Callable[[CheckpointStore], None]:
+        name = self.registry_name or Path(split_url(str(self.dirpath))[0]).name
+        metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        assert self.monitor is not None and self.best_model_score is not None
+        metrics[self.monitor] = float(self.best_model_score)
+
+        def act(_: CheckpointStore) -> None:
+            version = register_checkpoint(path, name, self.registry, metrics)
+            rank_zero_info(f"Registered {path} as {name} version {version.version}")
+
+        return act
 
     def _settle(self, trainer: pl.Trainer) -> None:
         """Waits for the save in flight; if it failed on any rank, takes back on all what was decided with it."""
@@ -340,8 +368,10 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _try(act: Callable[[CheckpointStore], None], store: CheckpointStore) -> None:
-    """Housekeeping may fail without harm: what could not be removed stays."""
+    """Housekeeping may fail without harm: what could not be removed stays, what could not be registered is said."""
     try:
         act(store)
-    except (OSError, ConfigurationError) as error:
+    except (OSError, ConfigurationError, NoGoodCheckpointError) as error:
         log.warning("%s", error)
+    except Exception:
+        log.exception("After a checkpoint was committed")

@@ -20,13 +20,14 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_llm import LLM3DStrategy
+from lightning_llm import Decoder, LLM3DStrategy
 from lightning_llm.callbacks import AsyncDistributedCheckpoint
 from lightning_llm.checkpoint.folder import FolderStore
 from lightning_llm.checkpoint.reading import Checkpoint
 from lightning_llm.checkpoint.saver import CheckpointSaver, RunState
 from lightning_llm.checkpoint.verify import verify
 from lightning_llm.errors import CheckpointError, ConfigurationError, NoGoodCheckpointError
+from lightning_llm.registry import open_registry
 from tests.checkpoint.damage import flip_bit
 from tests.distributed import run_distributed
 from tests.strategies.training import Recorder, loader, make_module, make_trainer
@@ -192,6 +193,35 @@ def test_what_others_put_there_is_left_alone(tmp_path: Path) -> None:
 def test_a_wrong_choice_is_refused(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         AsyncDistributedCheckpoint(tmp_path, **arguments)
+
+
+def register_best(folder: Path) -> str:
+    callback = AsyncDistributedCheckpoint(
+        folder / "my-run" / "checkpoints",
+        monitor="val_loss",
+        register_on_best=True,
+        registry=str(folder / "registry"),
+    )
+    fit(callback, max_steps=6)
+    return callback.best_model_path
+
+
+def test_the_best_is_registered(tmp_path: Path) -> None:
+    best = run_distributed(register_best, 1, tmp_path)[0]
+    registry = open_registry(str(tmp_path / "registry"))
+    version = registry.get("my-run", "best")
+    assert version == registry.get("my-run") and version.lineage.checkpoint == best
+    assert version.lineage.step == 6 and 0 < version.metrics["val_loss"] < 10
+    folder = registry.pull("my-run", "best", tmp_path / "pulled")
+    with torch.no_grad():
+        stored = dict(Checkpoint.open(best, alone=True).iterate_weights())
+        for name, weight in Decoder.from_pretrained(folder).named_parameters():
+            assert torch.equal(weight, stored[name]), name
+
+
+def test_the_best_needs_a_measure(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="needs monitor"):
+        AsyncDistributedCheckpoint(tmp_path, register_on_best=True)
 
 
 # -- the snapshot --
