@@ -25,7 +25,7 @@ def parser_of(command: Callable[..., Any]) -> argparse.ArgumentParser:
     help_of = {parameter.arg_name: parameter.description for parameter in doc.params}
     hints = get_type_hints(command)
     parser = argparse.ArgumentParser(
-        prog=f"lightning-llm {command.__name__}",
+        prog=f"lightning-llm {command.__name__.rstrip('_')}",
         description=doc.short_description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
