@@ -44,7 +44,7 @@ def show_files(found: Sequence[Inspection], console: Console | None = None) -> N
             console.print(Text(f"{file}: the manifest does not list it, so it is ignored"), soft_wrap=True)
         console.print()
     bad = [checkpoint.name for checkpoint in found if checkpoint.problems]
-    many = f"{len(bad)} of {len(found)} checkpoints" if len(found) > 1 else "the checkpoint"
+    many = f"{len(bad)} of {len(found)} checkpoints" if len(found) > 1 else "it"
     verdict = Text(f"{many} cannot be loaded: {', '.join(bad)}", style=BAD) if bad else Text("all good", style="green")
     console.print(verdict, soft_wrap=True)
 
@@ -57,7 +57,9 @@ def show_survey(survey: Survey, console: Console | None = None) -> None:
         manifest, status = checkpoint.manifest, checkpoint.status
         described = [""] * 6
         if manifest is not None:
-            mesh = " ".join(f"{_SHORT.get(axis, axis)}{size}" for axis, size in manifest.mesh.items() if size > 1)
+            mesh = " ".join(
+                f"{_SHORT[axis]}{size}" for axis, size in manifest.mesh.items() if size > 1 and axis in _SHORT
+            )
             holds = "weights" if manifest.weights_only else "all"
             described = [str(manifest.step), manifest.created, decimal(manifest.size), str(manifest.world_size)]
             described += [mesh, holds]
@@ -75,7 +77,7 @@ def show_survey(survey: Survey, console: Console | None = None) -> None:
         console.print(Text(f"{alias} -> {target}"), soft_wrap=True)
     if survey.drafts:
         size = decimal(sum(survey.drafts.values()))
-        console.print(f"{len(survey.drafts)} drafts of saves that are under way or were interrupted, {size}")
+        console.print(f"drafts of saves that are under way or were interrupted: {len(survey.drafts)}, {size}")
     if survey.loaded is not None:
         console.print(Text(f"-> {survey.loaded} is what a run goes on from"), soft_wrap=True)
     else:
