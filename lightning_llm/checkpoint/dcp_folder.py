@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -226,8 +227,8 @@ def _optimizer(
 ) -> tuple[dict[str, LazyTensor], dict[str, Any], str]:
     """States and settings by the names of `module_state.py`; if they cannot be had, none and why.
 
-    `torch.distributed.checkpoint.state_dict` gives them in two forms, with the settings as a list of groups, and flat,
-    with each parameter's own: both are known.
+    `torch.distributed.checkpoint.state_dict` gives them in two forms, both of which are known: settings by the number
+    of their group (`param_groups.0.lr`, with the names in `param_groups.0.params`), and by parameter.
     """
     readers = stored.values()
     key = next((key for key in OPTIMIZERS if any(name.startswith(f"{key}.") for name in (*tensors, *readers))), None)
@@ -238,9 +239,11 @@ def _optimizer(
         if name.startswith(f"{key}."):
             found[name.removeprefix(f"{key}.")] = tensor
     values = {name.removeprefix(f"{key}."): read() for name, read in readers.items() if name.startswith(f"{key}.")}
-    for group in values.pop("param_groups", []):
-        settings = {setting: value for setting, value in group.items() if setting != "params"}
-        values |= {f"param_groups.{name}.{s}": v for name in group["params"] for s, v in settings.items()}
+    for number in [name.removesuffix(".params") for name in values if re.fullmatch(r"param_groups\.\d+\.params", name)]:
+        members = values.pop(f"{number}.params")
+        settings = {name: values.pop(name) for name in list(values) if name.startswith(f"{number}.")}
+        for name, value in settings.items():
+            values |= {f"param_groups.{member}{name.removeprefix(number)}": value for member in members}
     owners = {*found, *values}
     known = {f"{part}.{name}" for part in ("state", "param_groups") for name in weights}
     strange = sorted(name for name in owners if name.rpartition(".")[0] not in known)
