@@ -14,6 +14,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_llm.checkpoint import commands as of_checkpoints
+
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule, LightningModule
 
@@ -72,21 +74,6 @@ def tokenize(
     )
 
 
-def export(checkpoint: str, output: str, *, dtype: str | None = None, max_shard_size: str = "5GB") -> None:
-    """Write a checkpoint as a Hugging Face folder (safetensors, config.json, tokenizer).
-
-    Args:
-        checkpoint: The folder that the run saved.
-        output: The folder to write.
-        dtype: float32, bfloat16, ...; by default what was trained.
-        max_shard_size: Largest file, for example 5GB.
-    """
-    from lightning_llm.checkpoint.export import export as run
-
-    folder = run(checkpoint, output, dtype=dtype, max_shard_size=max_shard_size)
-    print(f"{folder}: loads in transformers and in lightning_llm.Decoder.from_pretrained")
-
-
 def generate(
     model: str,
     *,
@@ -110,13 +97,14 @@ def generate(
     """
     import torch
 
+    from lightning_llm.checkpoint.manifest import MANIFEST
     from lightning_llm.data.tokenizer import load_tokenizer
     from lightning_llm.errors import ConfigurationError
     from lightning_llm.models.decoder import Decoder
     from lightning_llm.models.generation import generate as run
 
     folder = Path(model)
-    if (folder / ".metadata").is_file():
+    if (folder / MANIFEST).is_file():
         raise ConfigurationError(f"{folder} is a checkpoint. Export it first: lightning-llm export {folder} OUT")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     decoder = Decoder.from_pretrained(folder, dtype=dtype, device=device)
@@ -254,7 +242,18 @@ def plan(
 
 
 COMMANDS: dict[str, Callable[..., int | None]] = {
-    command.__name__: command for command in (tokenize, export, generate, doctor, plan)
+    command.__name__.rstrip("_"): command
+    for command in (
+        tokenize,
+        of_checkpoints.verify,
+        of_checkpoints.checkpoints,
+        of_checkpoints.export,
+        of_checkpoints.reshard,
+        of_checkpoints.import_,
+        generate,
+        doctor,
+        plan,
+    )
 }
 
 # name -> what it is for, and the room whose commands.py has `main(arguments) -> exit code`
@@ -264,14 +263,17 @@ GROUPS = {"registry": ("Keep versions of models: list, register, promote, pull."
 def usage() -> str:
     """The list of commands."""
     lines = ["usage: lightning-llm COMMAND [arguments]    (lightning-llm COMMAND --help tells more)", ""]
-    lines += [f"  {name:<10} {text}" for name, text in TRAINER_COMMANDS.items()]
-    lines += [f"  {name:<10} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
-    lines += [f"  {name:<10} {text}" for name, (text, _) in GROUPS.items()]
+    lines += [f"  {name:<11} {text}" for name, text in TRAINER_COMMANDS.items()]
+    lines += [f"  {name:<11} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:<11} {text}" for name, (text, _) in GROUPS.items()]
     return "\n".join(lines)
 
 
 def main() -> int:
-    """Runs the command in sys.argv; returns its exit code: 0 done, 2 wrong arguments or settings, 130 interrupted."""
+    """Runs the command in sys.argv; returns its exit code.
+
+    0 done, 1 an error, 2 wrong arguments or settings, 77 no checkpoint that can be believed, 130 interrupted.
+    """
     argv = sys.argv[1:]
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
@@ -304,10 +306,13 @@ def trainer_cli(module_class: type[LightningModule], data_class: type[LightningD
 def _answer(run: Callable[[], int], prog: str = "lightning-llm") -> int:
     """Runs a command; says in one sentence what the user can change."""
     try:
-        from lightning_llm.errors import ConfigurationError
+        from lightning_llm.errors import ConfigurationError, NoGoodCheckpointError
 
         try:
             return run()
+        except NoGoodCheckpointError as error:
+            print(f"{prog}: {error.message}", file=sys.stderr)
+            return error.EXIT_CODE
         except ValueError as error:
             # jsonargparse puts what a constructor refuses into a longer error of its own.
             refused = error if isinstance(error, ConfigurationError) else ConfigurationError.latest

@@ -132,6 +132,18 @@ class FolderStore:
             if not path.name.startswith(".") and not path.is_symlink() and _is_checkpoint(path)
         ]
 
+    def aliases(self) -> dict[str, str]:
+        """Symbolic links between folders here."""
+        if not self.root.is_dir():
+            return {}
+        links = [path for path in self.root.iterdir() if path.is_symlink() and not path.name.startswith(".")]
+        return {path.name: os.readlink(path) for path in links if _is_checkpoint(path)}
+
+    def drafts(self) -> dict[str, int]:
+        """Hidden folders that `sweep` would look at."""
+        found = [path for path in self.root.glob(".*-*") if _OWNED.fullmatch(path.name) and path.is_dir()]
+        return {path.name: _size(path) for path in found}
+
     def manifest(self, name: str) -> bytes:
         """Reads `manifest.json`."""
         try:
@@ -142,6 +154,12 @@ class FolderStore:
     def location(self, name: str) -> str:
         """The checkpoint's folder."""
         return str(self.root / name)
+
+    def files(self, location: str) -> list[str]:
+        """All that is in the folder."""
+        root = Path(location)
+        found = sorted(str(path.relative_to(root)) for path in root.rglob("*") if not path.is_dir())
+        return [file for file in found if file != MANIFEST]
 
     def read(self, location: str, file: str, chunk_size: int) -> Iterator[Buffer]:
         """Reads a file in parts."""
@@ -197,17 +215,22 @@ class FolderStore:
 
     def mark(self, name: str, report: dict[str, Any] | None) -> None:
         """Writes or removes `NAME.corrupt`; on a file system that is read-only nothing happens."""
-        note = self.root / f"{name}.corrupt"
+        note = self._note(name)
         with suppress(OSError):
             if report is None:
                 note.unlink(missing_ok=True)
             else:
                 note.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
+    def _note(self, name: str) -> Path:
+        """Of an alias it is its checkpoint's."""
+        path = self.root / name
+        return self.root / f"{os.readlink(path) if path.is_symlink() else name}.corrupt"
+
     def marked(self, name: str) -> dict[str, Any] | None:
         """Reads `NAME.corrupt`."""
         try:
-            return json.loads((self.root / f"{name}.corrupt").read_text(encoding="utf-8"))
+            return json.loads(self._note(name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         except (OSError, ValueError):
@@ -217,6 +240,15 @@ class FolderStore:
 def _is_checkpoint(path: Path) -> bool:
     """Whether a folder was committed: a checkpoint without a manifest is a damaged one, not none."""
     return (path / MANIFEST).is_file() or (path / "index.json").is_file()
+
+
+def _size(folder: Path) -> int:
+    """Bytes of all files in a folder from which others may remove some meanwhile."""
+    size = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            size += path.stat().st_size
+    return size
 
 
 def _is_empty(path: Path) -> bool:

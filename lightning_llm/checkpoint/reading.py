@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,11 @@ from torch.distributed.tensor import DTensor
 
 from lightning_llm.checkpoint.encoding import decode
 from lightning_llm.checkpoint.files import TensorEntry, map_file, read_header
+from lightning_llm.checkpoint.lazy import Box, LazyTensor, assemble
 from lightning_llm.checkpoint.manifest import Manifest
 from lightning_llm.checkpoint.planning import DTYPES, Block, local_part, rank_file
 from lightning_llm.checkpoint.saver import INDEX, TRAINER, TRAINER_TENSORS
 from lightning_llm.checkpoint.selection import Selected, select
-
-Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and shape
 
 
 class TensorFile:
@@ -146,6 +145,19 @@ class Checkpoint:
         tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
         self.read_into({name: tensor})
         return tensor
+
+    def lazy(self) -> dict[str, LazyTensor]:
+        """All tensors by global name, to be read piece by piece."""
+        return {
+            name: LazyTensor(DTYPES[entry["dtype"]], tuple(entry["shape"]), partial(self._read_box, name))
+            for name, entry in self._index.items()
+        }
+
+    def _read_box(self, name: str, box: Box) -> Tensor:
+        entry = self._index[name]
+        places = [(tuple(offsets), tuple(shape)) for _, offsets, shape in entry["blocks"]]
+        parts = ((Box(*place), partial(self._block, name, place[0], number)) for number, place in enumerate(places))
+        return assemble(box, DTYPES[entry["dtype"]], parts)
 
     def weights(self, prefix: str = "model.") -> Mapping[str, TensorStorageMetadata]:
         """Shapes and types of the weights by name, without the module's `prefix`; reads no tensor."""

@@ -281,11 +281,6 @@ class CheckpointSaver:
         return files
 
     def _manifest_for(self, state: RunState) -> Callable[[Mapping[str, FileRecord]], Manifest]:
-        versions = {
-            "lightning_llm": __version__,
-            "lightning": lightning.__version__,
-            "torch": torch.__version__,
-        }
         step, mesh, weights_only, world_size = state.step, dict(state.mesh), state.weights_only, self.world_size
         return lambda files: Manifest(
             uuid=uuid.uuid4().hex,
@@ -294,7 +289,7 @@ class CheckpointSaver:
             world_size=world_size,
             files=files,
             mesh=mesh,
-            versions=versions,
+            versions=versions(),
             weights_only=weights_only,
             algorithm=digest_algorithm(),
         )
@@ -361,6 +356,15 @@ class CheckpointSaver:
         manifest = job.manifest(files)
         store.commit(location, name, manifest.to_bytes(secret()))
         return manifest.size
+
+
+def versions() -> dict[str, str]:
+    """Of what a checkpoint was made with."""
+    return {
+        "lightning_llm": __version__,
+        "lightning": lightning.__version__,
+        "torch": torch.__version__,
+    }
 
 
 def digest_algorithm() -> str:

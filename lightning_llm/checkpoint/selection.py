@@ -89,23 +89,16 @@ def select(path: str | Path, *, alone: bool = False) -> Selected:
     ranks = _Ranks(alone)
     url, name = split_url(path)
     store = open_store(url)
-    if ranks.of_first(lambda: _is_one(store, name)):
+    if ranks.of_first(lambda: is_one(store, name)):
         problems = _problems(store, name, ranks)
         if isinstance(problems, Manifest):
             return Selected(store, name, problems)
         _report(store, name, problems, ranks)
         raise NoGoodCheckpointError(f"The checkpoint {url}/{name} cannot be loaded: {_list(problems)}")
     store = open_store(path)
-    if ranks.of_first(lambda: Path(path).is_file()):
-        raise ConfigurationError(
-            f"{path} is a file; a checkpoint is a folder. `lightning-llm import` makes one of a Lightning .ckpt file."
-        )
     names: list[str] = ranks.of_first(lambda: newest_first(store))
     if not names:
-        raise ConfigurationError(
-            f"There is no checkpoint at {path}: no manifest.json in it, nor in a folder within it. A run that was "
-            "interrupted before its first checkpoint was committed leaves none."
-        )
+        raise ranks.of_first(lambda: nothing_there(path))
     bad: list[str] = []
     for candidate in names:
         problems = _problems(store, candidate, ranks)
@@ -121,7 +114,26 @@ def select(path: str | Path, *, alone: bool = False) -> Selected:
     )
 
 
-def _is_one(store: CheckpointStore, name: str) -> bool:
+def nothing_there(path: str | Path) -> ConfigurationError:
+    """That there is no checkpoint, and what there is instead."""
+    place = Path(path)
+    if place.is_file():
+        return ConfigurationError(
+            f"{path} is a file; a checkpoint is a folder. `lightning-llm import` makes one of a Lightning .ckpt file."
+        )
+    for marker, kind in ((".metadata", "torch.distributed.checkpoint"), ("model.safetensors", "Hugging Face")):
+        if (place / marker).is_file():
+            return ConfigurationError(
+                f"{path} is a folder of {kind}, no checkpoint of lightning_llm. `lightning-llm import` makes one of it."
+            )
+    return ConfigurationError(
+        f"There is no checkpoint at {path}: no manifest.json in it, nor in a folder within it. A run that was "
+        "interrupted before its first checkpoint was committed leaves none."
+    )
+
+
+def is_one(store: CheckpointStore, name: str) -> bool:
+    """Whether there is a checkpoint of this name, be it damaged, or another name of one."""
     return name in store.names() or bool(store.manifest(name))
 
 
@@ -147,7 +159,7 @@ def _problems(store: CheckpointStore, name: str, ranks: _Ranks) -> Manifest | li
     try:
         manifest = Manifest.from_bytes(raw, secret())
     except ManifestError as error:
-        return [Problem(MANIFEST, str(error))]
+        return [Problem(MANIFEST, str(error), damaged=error.damaged)]
     share = share_of(manifest, ranks.rank, ranks.size)
     problems = ranks.of_all(find_problems(store, store.location(name), manifest, share))
     if not problems and ranks.rank == 0 and store.marked(name) is not None:

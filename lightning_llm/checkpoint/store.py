@@ -53,12 +53,24 @@ class CheckpointStore(Protocol):
         """Of all committed checkpoints, damaged ones too, in no particular order."""
         ...
 
+    def aliases(self) -> dict[str, str]:
+        """Other names of checkpoints, each with the name that it stands for."""
+        ...
+
+    def drafts(self) -> dict[str, int]:
+        """What is there of saves that are under way, or ended in the middle: name -> bytes."""
+        ...
+
     def manifest(self, name: str) -> bytes:
         """The manifest of a committed checkpoint, as it was given to `commit`; empty if there is none."""
         ...
 
     def location(self, name: str) -> str:
         """Where the files of a committed checkpoint are."""
+        ...
+
+    def files(self, location: str) -> list[str]:
+        """All files of a checkpoint but its manifest, also such as no manifest lists."""
         ...
 
     def read(self, location: str, file: str, chunk_size: int) -> Iterator[Buffer]:

@@ -73,9 +73,8 @@ class OptimizerSettings:
                     f"{name} to at most {1 - BFLOAT16_DECAY:.3f}, or optimizer_state_dtype='float32'."
                 )
 
-    def build(self, model: nn.Module) -> Optimizer:
-        """The optimizer of what this rank holds of `model`."""
-        adam: dict[str, Any] = {"lr": self.learning_rate, "betas": self.betas, "eps": self.eps}
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """The optimizer's groups, with the parameters that this rank holds of `model` in their order."""
         hidden = hidden_matrices(model) if self.optimizer == "muon" else []
         taken = {id(parameter) for parameter in hidden}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
@@ -85,21 +84,29 @@ class OptimizerSettings:
             {"params": matrices, "weight_decay": self.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ]
-        state_dtype = getattr(torch, self.optimizer_state_dtype)
         if self.optimizer == "muon":
             rate = self.muon_learning_rate or self.learning_rate
-            muon = {"params": hidden, "use_muon": True, "lr": rate, "weight_decay": self.weight_decay}
+            groups.insert(0, {"params": hidden, "use_muon": True, "lr": rate, "weight_decay": self.weight_decay})
+        return _filled(groups)
+
+    def build(self, model: nn.Module) -> Optimizer:
+        """The optimizer of what this rank holds of `model`."""
+        adam: dict[str, Any] = {"lr": self.learning_rate, "betas": self.betas, "eps": self.eps}
+        groups = self.parameter_groups(model)
+        state_dtype = getattr(torch, self.optimizer_state_dtype)
+        if self.optimizer == "muon":
             return Muon(
-                _filled([muon, *groups]),
+                groups,
                 **adam,
                 state_dtype=state_dtype,
                 momentum=self.momentum,
                 nesterov=self.nesterov,
                 adjust_lr_fn=self.adjust_lr_fn,
             )
-        if all(stored_dtype(p, state_dtype) == p.dtype for p in rest):  # which is the type that torch's AdamW stores
-            return AdamW(_filled(groups), **adam, fused=True)
-        return CastingAdamW(_filled(groups), **adam, state_dtype=state_dtype)
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        if all(stored_dtype(p, state_dtype) == p.dtype for p in parameters):  # which torch's AdamW stores
+            return AdamW(groups, **adam, fused=True)
+        return CastingAdamW(groups, **adam, state_dtype=state_dtype)
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:

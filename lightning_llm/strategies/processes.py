@@ -256,8 +256,11 @@ class ProcessGrid(ParallelStrategy):
         """The first rank that fails raises; the others, which see closed connections, leave quietly."""
         failed = first_to_fail(self.global_rank)
         if failed != self.global_rank:
-            # This may be the process that the terminal waits for: it goes last, with the failed rank's exit code.
-            code = self._launcher.wait_for(failed) if isinstance(self._launcher, ProcessLauncher) else 1
+            # Where all ranks fail alike they say so alike: a scheduler may see any of their exit codes.
+            code = exception.code if isinstance(exception, SystemExit) and isinstance(exception.code, int) else 1
+            if isinstance(self._launcher, ProcessLauncher):
+                # The terminal waits for this process: it goes last, with the failed rank's exit code.
+                code = self._launcher.wait_for(failed)
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
