@@ -64,7 +64,9 @@ def write_and_check(
     chunks = range(len(record.chunks))
     if verify == "none" or not record.size:
         return record
-    chosen = chunks if verify == "full" else sorted(random.sample(chunks, min(SAMPLED, len(chunks))))
+    # Of its own generator: a run that saves must draw what it would have drawn without.
+    sample = random.SystemRandom().sample(chunks, min(SAMPLED, len(chunks)))
+    chosen = chunks if verify == "full" else sorted(sample)
     for chunk, content in zip(chosen, store.read_back(location, file, CHUNK_SIZE, chosen), strict=True):
         digest = ALGORITHMS[algorithm](content).hexdigest()
         if digest != record.chunks[chunk]:
