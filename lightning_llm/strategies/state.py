@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 from lightning_llm.checkpoint.module_state import collect, model_state, optimizer_state, restore
 from lightning_llm.checkpoint.random_state import derived_state, random_state, set_random_state
 from lightning_llm.checkpoint.reading import Checkpoint
+from lightning_llm.checkpoint.run_config import write_run_config
 from lightning_llm.checkpoint.saver import CheckpointSaver, RunState
 from lightning_llm.checkpoint.store import open_store, split_url
 from lightning_llm.strategies.mesh import ParallelDims
@@ -69,8 +71,16 @@ class ShardedState(ProcessGrid):
             checkpoint,
             mesh=self.mesh_sizes(),
             rank={"random": random_state()},
-            write_assets=getattr(self.lightning_module, "write_assets", None),
+            write_assets=self._write_assets,
         )
+
+    def _write_assets(self, folder: Path) -> None:
+        """What the module wants beside its weights, and the run's configuration."""
+        assert self.lightning_module is not None
+        write = getattr(self.lightning_module, "write_assets", None)
+        if callable(write):
+            write(folder)
+        write_run_config(self.lightning_module.trainer, folder)
 
     def mesh_sizes(self) -> dict[str, int]:
         """Sizes of the parallel axes by their arguments' names."""
