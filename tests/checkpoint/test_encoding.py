@@ -6,7 +6,7 @@ import collections
 import json
 import pickle
 import string
-from datetime import UTC, date, datetime, timedelta, timezone
+from datetime import UTC, date, timedelta, timezone
 from enum import Enum, IntEnum
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
