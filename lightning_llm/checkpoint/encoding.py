@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_llm.checkpoint.planning import DTYPE_NAMES
 from lightning_llm.errors import ConfigurationError
 
 KIND = "$"
@@ -26,8 +27,11 @@ KIND = "$"
 def encode(tree: Any, tensors: dict[str, Tensor], where: str) -> Any:
     """A tree of plain values as one that JSON can hold.
 
+    Types are kept, but for these: an enum of strings or numbers becomes its value, other kinds of mapping, list and
+    string become a dict, list or str, a parameter a tensor, a time zone its offset, and tensors come back on the host.
+
     Args:
-        tree: Mappings, sequences, sets, numbers, strings, bytes, paths, times, dtypes, arrays and tensors.
+        tree: Mappings, sequences, sets, numbers, strings, bytes, paths, times, dtypes, devices, arrays and tensors.
         tensors: Gets the tree's tensors and arrays, by the path at which they stand.
         where: The path of `tree` itself, for errors and names, for example "callbacks".
 
@@ -38,50 +42,61 @@ def encode(tree: Any, tensors: dict[str, Tensor], where: str) -> Any:
         tree = tree.value
     if tree is None or isinstance(tree, bool):
         return tree
-    if isinstance(tree, np.generic):
-        return {KIND: "scalar", "value": _keep(tensors, where, torch.from_numpy(np.asarray(tree)))}
+    if isinstance(tree, (np.generic, np.ndarray)) and not isinstance(tree, str):
+        kind = "array" if type(tree) is np.ndarray else "scalar"
+        return {KIND: kind, "value": _keep(tensors, where, _as_tensor(tree, where))}
+    if isinstance(tree, Tensor):
+        return {KIND: "tensor", "value": _keep(tensors, where, _plain(tree, where))}
     if isinstance(tree, str):
         return str(tree)
     if isinstance(tree, int):
         return int(tree)
     if isinstance(tree, float):
-        return tree if math.isfinite(tree) else {KIND: "float", "value": repr(tree)}
+        return float(tree) if math.isfinite(tree) else {KIND: "float", "value": repr(float(tree))}
+    if isinstance(tree, complex):
+        return {KIND: "complex", "value": [encode(part, tensors, where) for part in (tree.real, tree.imag)]}
     if isinstance(tree, Mapping):
-        items = {key: encode(value, tensors, f"{where}.{key}") for key, value in tree.items()}
-        if all(isinstance(key, str) for key in items) and KIND not in items:
-            return items
-        pairs = [[encode(key, tensors, f"{where}.(key)"), value] for key, value in items.items()]
+        items = [(key, encode(value, tensors, f"{where}.{key}")) for key, value in tree.items()]
+        if all(isinstance(key, str) for key in tree) and KIND not in tree:
+            return {str(encode(key, tensors, where)): value for key, value in items}
+        pairs = [[encode(key, tensors, f"{where}.(key)"), value] for key, value in items]
         return {KIND: "mapping", "value": pairs}
     if isinstance(tree, list):
         return [encode(value, tensors, f"{where}.{index}") for index, value in enumerate(tree)]
-    if isinstance(tree, torch.Size):
-        return {KIND: "size", "value": list(tree)}
-    for kind in (tuple, set, frozenset):
-        if isinstance(tree, kind):
-            return {KIND: kind.__name__, "value": encode(list(tree), tensors, where)}
-    if isinstance(tree, Tensor):
-        return {KIND: "tensor", "value": _keep(tensors, where, tree.detach())}
-    if isinstance(tree, np.ndarray):
-        return {KIND: "array", "value": _keep(tensors, where, torch.from_numpy(tree.copy()))}
-    if isinstance(tree, (bytes, bytearray)):
-        return {KIND: "bytes", "value": base64.b64encode(tree).decode()}
-    if isinstance(tree, complex):
-        return {KIND: "complex", "value": [tree.real, tree.imag]}
-    if isinstance(tree, PurePath):
-        return {KIND: "path", "value": str(tree)}
-    if isinstance(tree, datetime):
-        return {KIND: "datetime", "value": tree.isoformat()}
-    if isinstance(tree, timedelta):
-        return {KIND: "timedelta", "value": [tree.days, tree.seconds, tree.microseconds]}
-    if isinstance(tree, torch.dtype):
-        return {KIND: "dtype", "value": str(tree).removeprefix("torch.")}
-    if isinstance(tree, torch.device):
-        return {KIND: "device", "value": str(tree)}
-    raise ConfigurationError(
-        f"The trainer's state holds a {type(tree).__module__}.{type(tree).__qualname__} at {where}, which no "
+    for name, (kept, _) in _COLLECTIONS.items():
+        if type(tree) is kept:
+            return {KIND: name, "value": encode(list(tree), tensors, where)}
+    for name, (kept, to_json, _) in _SCALARS.items():
+        if type(tree) is kept:
+            return {KIND: name, "value": to_json(tree)}
+    raise _refusal(tree, where)
+
+
+def _refusal(value: Any, where: str, more: str = "") -> ConfigurationError:
+    return ConfigurationError(
+        f"The trainer's state holds a {type(value).__module__}.{type(value).__qualname__} at {where}{more}, which no "
         "checkpoint can give back without executing code. Keep to plain values and tensors in hyperparameters "
         "(save_hyperparameters(ignore=[...])) and in the state_dict() of callbacks."
     )
+
+
+def _as_tensor(array: np.ndarray | np.generic, where: str) -> Tensor:
+    """An array's or scalar's copy."""
+    try:
+        if isinstance(array, np.generic) or type(array) is np.ndarray:
+            return _plain(torch.from_numpy(np.array(array)), where)
+    except (TypeError, ValueError):
+        pass  # objects, strings, times, another byte order
+    raise _refusal(array, where, f" of type {array.dtype}")
+
+
+def _plain(tensor: Tensor, where: str) -> Tensor:
+    """A tensor whose bytes say all that there is to it."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        raise _refusal(tensor, where)
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in DTYPE_NAMES:
+        raise _refusal(tensor, where, f" of type {tensor.dtype} ({tensor.layout}, on {tensor.device})")
+    return tensor.detach().resolve_conj().resolve_neg()
 
 
 def _keep(tensors: dict[str, Tensor], where: str, tensor: Tensor) -> str:
@@ -92,21 +107,40 @@ def _keep(tensors: dict[str, Tensor], where: str, tensor: Tensor) -> str:
     return name
 
 
+# Kind -> type, and how its value comes back.
+_COLLECTIONS: dict[str, tuple[type[Any], Callable[[Any], Any]]] = {
+    "tuple": (tuple, tuple),
+    "size": (torch.Size, torch.Size),
+    "set": (set, set),
+    "frozenset": (frozenset, frozenset),
+}
+
+# Kind -> type, its value for JSON, and how it comes back.
+_SCALARS: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "bytes": (bytes, lambda value: base64.b64encode(value).decode(), base64.b64decode),
+    "bytearray": (bytearray, lambda value: base64.b64encode(value).decode(), lambda v: bytearray(base64.b64decode(v))),
+    "path": (type(Path()), str, Path),
+    "pure_path": (type(PurePath()), str, PurePath),
+    "datetime": (datetime, datetime.isoformat, datetime.fromisoformat),
+    "timedelta": (timedelta, lambda v: [v.days, v.seconds, v.microseconds], lambda parts: timedelta(*parts)),
+    "dtype": (torch.dtype, lambda value: str(value).removeprefix("torch."), lambda name: _dtype(name)),
+    "device": (torch.device, str, torch.device),
+}
+
 _DECODERS: dict[str, Callable[[Any], Any]] = {
     "float": float,
-    "mapping": dict,
-    "size": torch.Size,
-    "tuple": tuple,
-    "set": set,
-    "frozenset": frozenset,
-    "bytes": base64.b64decode,
     "complex": lambda parts: complex(*parts),
-    "path": Path,
-    "datetime": datetime.fromisoformat,
-    "timedelta": lambda parts: timedelta(*parts),
-    "dtype": lambda name: getattr(torch, name),
-    "device": torch.device,
+    "mapping": dict,
+    **{kind: back for kind, (_, back) in _COLLECTIONS.items()},
+    **{kind: back for kind, (_, _, back) in _SCALARS.items()},
 }
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise ConfigurationError(f"The checkpoint names a type of tensor that this torch has not: {name!r}.")
+    return found
 
 
 def decode(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -115,6 +149,9 @@ def decode(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     Args:
         tree: What it returned.
         tensors: What it put there, by the same names.
+
+    Raises:
+        ConfigurationError: It was written by a later version.
     """
     if isinstance(tree, list):
         return [decode(value, tensors) for value in tree]
@@ -129,4 +166,8 @@ def decode(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tensors[value].numpy()
     if kind == "scalar":
         return tensors[value].numpy()[()]
+    if kind not in _DECODERS:
+        raise ConfigurationError(
+            f"The checkpoint holds a value of kind {kind!r}, which this lightning_llm cannot read."
+        )
     return _DECODERS[kind](decode(value, tensors))

@@ -17,9 +17,10 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_llm.checkpoint.reading import Checkpoint
+from lightning_llm.checkpoint.reading import PLACE, TRAINER_PART, Checkpoint
 from lightning_llm.checkpoint.saver import RunState
 from lightning_llm.errors import ConfigurationError
 
@@ -45,6 +46,9 @@ def collect(
 ) -> RunState:
     """What `Trainer.dump_checkpoint` collected, as it is saved.
 
+    A DTensor in the trainer's state, such as a callback's moving average of a parameter, is stored by its parts like a
+    weight, also where only one pipeline stage has it, and comes back whole on every rank.
+
     Args:
         checkpoint: `state_dict` and `optimizer_states` as made above; everything else is the trainer's.
         mesh: Sizes of the parallel axes.
@@ -52,9 +56,14 @@ def collect(
         write_assets: See `RunState`.
     """
     trainer = {name: value for name, value in checkpoint.items() if name not in ("state_dict", "optimizer_states")}
-    found = {f"model.{name}": value for name, value in checkpoint["state_dict"].items()}
+    sharded: dict[tuple[Any, ...], DTensor] = {}
+    trainer = _without_sharded(trainer, sharded)
+    found: dict[str, Any] = {f"model.{name}": value for name, value in checkpoint["state_dict"].items()}
     for index, state in enumerate(checkpoint.get("optimizer_states", [])):
         found |= {f"optimizer_{index}.{name}": value for name, value in state.items()}
+    for path, tensor in sharded.items():
+        name = TRAINER_PART + "".join(f"[{key!r}]" for key in path)
+        found |= {name: tensor, f"{name}{PLACE}": list(path)}
     return RunState(
         step=checkpoint.get("global_step", 0),
         tensors={name: value for name, value in found.items() if isinstance(value, Tensor)},
@@ -65,6 +74,18 @@ def collect(
         weights_only="optimizer_states" not in checkpoint,
         write_assets=write_assets,
     )
+
+
+def _without_sharded(tree: Any, found: dict[tuple[Any, ...], DTensor], path: tuple[Any, ...] = ()) -> Any:
+    """A tree without the DTensors in its mappings, which `found` gets by the keys that lead to them."""
+    if not isinstance(tree, Mapping):
+        return tree
+    found |= {(*path, key): value for key, value in tree.items() if isinstance(value, DTensor)}
+    return {
+        key: _without_sharded(value, found, (*path, key))
+        for key, value in tree.items()
+        if not isinstance(value, DTensor)
+    }
 
 
 def restore(checkpoint: Checkpoint, module: nn.Module, optimizers: list[Optimizer], aliases: Mapping[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from typing import Any
 
@@ -28,3 +29,17 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def derived_state(state: dict[str, Any], number: int) -> dict[str, Any]:
+    """A state that no generator had before, the same for the same `state` and `number`."""
+    digest = hashlib.sha256(state["torch"].numpy().tobytes() + number.to_bytes(8, "little")).digest()
+    seed = int.from_bytes(digest[:4], "little")  # 32 bits: as many as NumPy takes
+    derived: dict[str, Any] = {
+        "python": random.Random(seed).getstate(),
+        "numpy": np.random.RandomState(seed).get_state(legacy=True),
+        "torch": torch.Generator().manual_seed(seed).get_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        derived["cuda"] = torch.Generator("cuda").manual_seed(seed).get_state()
+    return derived

@@ -28,6 +28,9 @@ from lightning_llm.checkpoint.planning import DTYPES, Block, local_part, rank_fi
 from lightning_llm.checkpoint.saver import INDEX, TRAINER, TRAINER_TENSORS
 from lightning_llm.checkpoint.selection import Selected, select
 
+TRAINER_PART = "trainer"  # what names of tensors begin with that are parts of the trainer's state
+PLACE = ".place"  # and what the names of values end with that tell where such a tensor stands in it
+
 
 class TensorFile:
     """One safetensors file, mapped into memory."""
@@ -109,7 +112,14 @@ class Checkpoint:
         """Loops, schedulers, callbacks, hyperparameters."""
         kept = TRAINER_TENSORS in self.manifest.files
         tensors = TensorFile(self.local(TRAINER_TENSORS) / TRAINER_TENSORS).tensors() if kept else {}
-        return decode(self._json(TRAINER)["state"], tensors)
+        state = decode(self._json(TRAINER)["state"], tensors)
+        for name, place in self.values.items():
+            if name.startswith(f"{TRAINER_PART}[") and name.endswith(PLACE):
+                mapping = state
+                for key in place[:-1]:
+                    mapping = mapping.setdefault(key, {})
+                mapping[place[-1]] = self.read(name.removesuffix(PLACE))
+        return state
 
     def rank_state(self, rank: int) -> dict[str, Any]:
         """What one of the ranks that saved had for itself alone."""

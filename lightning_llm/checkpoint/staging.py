@@ -39,6 +39,8 @@ def stream(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterat
 
 def bytes_of(tensor: Tensor) -> Buffer:
     """A tensor's bytes; its own memory if that is contiguous and the host's."""
+    if not tensor.numel():
+        return b""  # its strides may be such that no view of it as bytes is possible
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
 

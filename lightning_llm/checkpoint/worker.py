@@ -27,6 +27,7 @@ from lightning_llm.checkpoint.store import CheckpointStore, open_store
 Verify = Literal["full", "sample", "none"]
 SAMPLE_SIZE = 1 << 20  # bytes of a block that "sample" reads back
 MOST_SAMPLES = 32  # such blocks of a file, beside its first
+_CHOICE = random.SystemRandom()  # a run that saves must draw what it would have drawn without
 
 # The package's face imports torch and Lightning, which this process has no use for: a bare package takes its place.
 _START = """
@@ -111,11 +112,11 @@ class Samples:
 
     @staticmethod
     def _next_start(chunk: int) -> int:
-        return chunk * CHUNK_SIZE + (random.randrange(CHUNK_SIZE - SAMPLE_SIZE + 1) if chunk else 0)
+        return chunk * CHUNK_SIZE + (_CHOICE.randrange(CHUNK_SIZE - SAMPLE_SIZE + 1) if chunk else 0)
 
     def parts(self) -> list[tuple[tuple[int, int], str]]:
         """Place, size and digest of some of the blocks: the first, which has the header, and others."""
-        some = random.sample(self._blocks[1:], min(MOST_SAMPLES, len(self._blocks) - 1)) if self._blocks else []
+        some = _CHOICE.sample(self._blocks[1:], min(MOST_SAMPLES, len(self._blocks) - 1)) if self._blocks else []
         return [((start, size), digest.hexdigest()) for start, size, digest in (*self._blocks[:1], *some)]
 
 

@@ -41,6 +41,7 @@ from lightning_llm.strategies.parallelize import Parts, parallelize, place_the_r
 from lightning_llm.strategies.pipeline import Pipeline
 from lightning_llm.strategies.plan import ParallelPlan
 from lightning_llm.strategies.precision import LLMPrecision
+from lightning_llm.strategies.resumption import ResumableEpochLoop
 from lightning_llm.strategies.sharding import ZeroStage, local_shard, reshard_all, set_accumulation
 from lightning_llm.strategies.stages import Split
 from lightning_llm.strategies.state import ShardedState
@@ -170,6 +171,7 @@ class LLM3DStrategy(ShardedState):
             self._reset_optimizers_and_schedulers()
             self.setup_optimizers(trainer)
             self._one_norm = self.reduce_boolean_decision(one_optimizer_has_all(self.optimizers, self.lightning_module))
+            ResumableEpochLoop.install(trainer)
         self.setup_precision_plugin()
         if self.pipeline is not None:
             PipelineOptimization.install(trainer)
@@ -465,6 +467,7 @@ class LLM3DStrategy(ShardedState):
     def teardown(self) -> None:
         """Ends precision plugin and accelerator; parameters stay where they are, for this trainer's next run."""
         assert self.cluster_environment is not None and self.accelerator is not None
+        self._random_state = None  # not taken up where there was nothing left to train
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
         self.accelerator.teardown()

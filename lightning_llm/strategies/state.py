@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -14,10 +15,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 
 from lightning_llm.checkpoint.module_state import collect, model_state, optimizer_state, restore
-from lightning_llm.checkpoint.random_state import random_state, set_random_state
+from lightning_llm.checkpoint.random_state import derived_state, random_state, set_random_state
 from lightning_llm.checkpoint.reading import Checkpoint
+from lightning_llm.checkpoint.run_config import write_run_config
 from lightning_llm.checkpoint.saver import CheckpointSaver, RunState
 from lightning_llm.checkpoint.store import open_store, split_url
+from lightning_llm.strategies.mesh import ParallelDims
 from lightning_llm.strategies.plan import ParallelPlan
 from lightning_llm.strategies.processes import ProcessGrid
 from lightning_llm.strategies.sharding import reshard_all
@@ -68,8 +71,16 @@ class ShardedState(ProcessGrid):
             checkpoint,
             mesh=self.mesh_sizes(),
             rank={"random": random_state()},
-            write_assets=getattr(self.lightning_module, "write_assets", None),
+            write_assets=self._write_assets,
         )
+
+    def _write_assets(self, folder: Path) -> None:
+        """What the module wants beside its weights, and the run's configuration."""
+        assert self.lightning_module is not None
+        write = getattr(self.lightning_module, "write_assets", None)
+        if callable(write):
+            write(folder)
+        write_run_config(self.lightning_module.trainer, folder)
 
     def mesh_sizes(self) -> dict[str, int]:
         """Sizes of the parallel axes by their arguments' names."""
@@ -97,13 +108,33 @@ class ShardedState(ProcessGrid):
         optimizers = self.optimizers if fitting else []
         restore(checkpoint, self.lightning_module, optimizers, self._aliases())
         self.restored_from = checkpoint.path
-        if fitting and self.global_rank < checkpoint.manifest.world_size:
-            self._random_state = checkpoint.rank_state(self.global_rank).get("random")
+        self._random_state = self._saved_random_state(checkpoint) if fitting else None
         return checkpoint.trainer_state()
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Puts the random generators where they were when the run was saved, now that all that is set up has drawn."""
-        super().on_train_batch_start(batch, batch_idx)
+    def _saved_random_state(self, checkpoint: Checkpoint) -> dict[str, Any] | None:
+        """Where this rank's random generators go on.
+
+        In the layout that was saved, where they were. In another one every rank takes the state of the first saved rank
+        with its data coordinate, so that ranks that share samples draw alike; a data coordinate that the saved run had
+        not gets a state of its own, derived from that of the first.
+        """
+        manifest = checkpoint.manifest
+        if dict(manifest.mesh) == self.mesh_sizes():
+            return checkpoint.rank_state(self.global_rank).get("random")
+        saved = ParallelDims(**manifest.mesh) if manifest.mesh else ParallelDims.resolve(manifest.world_size)
+        data_rank = self.meshes.dims.data_rank(self.global_rank)
+        if data_rank < saved.data_parallel_size:
+            first = data_rank * saved.context_parallel_size * saved.tensor_parallel_size
+            return checkpoint.rank_state(first).get("random")
+        state = checkpoint.rank_state(0).get("random")
+        return derived_state(state, data_rank) if state is not None else None
+
+    def on_train_start(self) -> None:
+        """Puts the random generators where they were when the run was saved.
+
+        All that is set up has drawn by now, and nothing that follows a save has: no validation, no batch is read yet.
+        """
+        super().on_train_start()
         if self._random_state is not None:
             set_random_state(self._random_state)
             self._random_state = None

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 
 from lightning_llm.data.tokenize import tokenize
+from tests.data.corpora import prose
+
+PAGE = 1200  # words
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +19,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [stdlib / "json", stdlib / "asyncio"], output, vocab_size=512, val_fraction=0.1, num_workers=1, progress=False
     )
     return output
+
+
+@pytest.fixture(scope="session")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus so short that an epoch has six steps of 8 sequences of 32 tokens."""
+    folder = tmp_path_factory.mktemp("pages")
+    for number in range(2):
+        (folder / f"{number}.txt").write_text(prose(number, PAGE))
+    tokenize([folder], folder / "tokens", vocab_size=512, val_fraction=0.4, num_workers=1, progress=False)
+    return folder / "tokens"

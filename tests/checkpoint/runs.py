@@ -21,6 +21,17 @@ CONFIG = DecoderConfig(
     num_key_value_heads=2,
     max_position_embeddings=128,
 )
+TIED = CONFIG.replace(tie_word_embeddings=True)
+EXPERTS = CONFIG.replace(
+    num_experts=8,
+    num_experts_per_tok=2,
+    moe_intermediate_size=32,
+    n_shared_experts=1,
+    scoring_func="sigmoid",
+    use_routing_bias=True,
+    qk_norm=True,
+    model_type="dots1",
+)
 STEPS = 8
 
 

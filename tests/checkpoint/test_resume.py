@@ -8,23 +8,12 @@ import torch
 
 from lightning_llm.checkpoint.reading import Checkpoint
 from lightning_llm.errors import ConfigurationError, NoGoodCheckpointError
-from tests.checkpoint.runs import CONFIG, STEPS, run, weights_of_all
+from tests.checkpoint.runs import CONFIG, EXPERTS, STEPS, TIED, run, weights_of_all
 from tests.distributed import run_distributed
 
 TP2 = {"tensor_parallel_size": 2}
 PP2 = {"pipeline_parallel_size": 2}
 EP4 = {"expert_parallel_size": 4}
-TIED = CONFIG.replace(tie_word_embeddings=True)
-EXPERTS = CONFIG.replace(
-    num_experts=8,
-    num_experts_per_tok=2,
-    moe_intermediate_size=32,
-    n_shared_experts=1,
-    scoring_func="sigmoid",
-    use_routing_bias=True,
-    qk_norm=True,
-    model_type="dots1",
-)
 MUON = {"optimizer": "muon", "optimizer_state_dtype": "bfloat16"}
 
 
