@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from lightning_llm.checkpoint.digest import Digester, FileRecord
-from lightning_llm.checkpoint.manifest import Manifest, secret
+from lightning_llm.checkpoint.manifest import MANIFEST, Manifest, ManifestError, secret
 from lightning_llm.checkpoint.store import CheckpointStore
 
 MISSING = "it is missing"
@@ -114,6 +114,17 @@ def check_file(
         reason = f"its {algorithm} digest is {actual.digest} instead of {expected.digest}"
         return Problem(file, reason, expected=expected.digest, actual=actual.digest)
     return None
+
+
+def verify(store: CheckpointStore, name: str) -> list[Problem]:
+    """All that is wrong with a committed checkpoint; an empty list if it can be loaded."""
+    try:
+        manifest = read_manifest(store, name)
+    except ManifestError as error:
+        return [Problem(MANIFEST, str(error))]
+    except OSError as error:
+        return [Problem(MANIFEST, f"it cannot be read: {error}", damaged=False)]
+    return find_problems(store, store.location(name), manifest)
 
 
 def share_of(files: Manifest, rank: int, world_size: int) -> list[str]:
