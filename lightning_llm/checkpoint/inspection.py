@@ -21,7 +21,7 @@ from lightning_llm.checkpoint.selection import is_one, mark_damaged, newest_firs
 from lightning_llm.checkpoint.store import CheckpointStore, open_store, split_url
 from lightning_llm.checkpoint.verify import MISSING, Problem, find_problems, read_manifest
 
-THREADS = min(8, os.cpu_count() or 1)
+THREADS = min(4, os.cpu_count() or 1)  # each holds a chunk in memory
 LARGE = 2 << 30  # bytes from which on a person wants to see that something goes on
 
 

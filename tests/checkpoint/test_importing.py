@@ -371,20 +371,22 @@ def random_decoder(config: DecoderConfig = CONFIG) -> Decoder:
 
 
 @pytest.mark.parametrize(
-    ("where", "prefix"),
-    [("model.", None), ("", None), ("state_dict.net.", None), ("state_dict.net.", "state_dict.net.")],
+    ("where", "prefix", "with_config"),
+    [
+        pytest.param("model.", None, True, id="a decoder as model"),
+        pytest.param("model.", None, False, id="a decoder as model, unknown"),
+        pytest.param("", None, True, id="a decoder"),
+        pytest.param("", "", False, id="a decoder, unknown"),  # whose own names begin with "model." too
+        pytest.param("state_dict.net.", None, True, id="deeper"),
+        pytest.param("state_dict.net.", "state_dict.net.", False, id="deeper, unknown"),
+    ],
 )
-@pytest.mark.parametrize("with_config", [True, False])
 def test_weights_are_found_by_their_prefix(tmp_path: Path, where: str, prefix: str | None, with_config: bool) -> None:
     decoder = random_decoder()
     weights = {f"{where}{name}": tensor for name, tensor in decoder.state_dict().items()}
     folder = save_by_dcp(tmp_path / "dcp", {**weights, "step": 7, "notes": {"path": Path("x"), "numbers": (1, 2.0)}})
     CONFIG.save(tmp_path / "model")
     model = str(tmp_path / "model") if with_config else None
-    if where.startswith("state") and prefix is None and not with_config:
-        pytest.skip("nothing tells where the weights are")
-    if where == "" and not with_config:
-        prefix = ""  # the decoder's own names begin with "model." too
     manifest, remarks = import_checkpoint(folder, tmp_path / "checkpoint", model=model, prefix=prefix)
     assert remarks == [] and manifest.weights_only
     found = dict(Checkpoint.open(tmp_path / "checkpoint", alone=True).iterate_weights())
