@@ -82,8 +82,3 @@ class _SaveAt(Callback):
         path = self.steps.get(trainer.global_step)
         if path is not None and index % trainer.accumulate_grad_batches == trainer.accumulate_grad_batches - 1:
             trainer.save_checkpoint(path)
-
-
-def weights_of_all(results: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """The whole model from its stages."""
-    return {name: weight for result in results for name, weight in result["weights"].items()}

@@ -36,10 +36,11 @@ class Saves:
 
 @dataclass
 class Story:
-    """How a run is made; `trainer` are the Trainer's arguments."""
+    """How a run is made; `module` and `trainer` are the arguments of these."""
 
     sizes: dict[str, Any] = field(default_factory=dict)
     config: DecoderConfig = CONFIG
+    module: dict[str, Any] = field(default_factory=dict)
     num_workers: int = 0
     save: Saves = field(default_factory=lambda: Saves(every_n_train_steps=1))
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -122,7 +123,7 @@ def fit(
     )
     if "val_check_interval" not in options.trainer:
         trainer.val_check_interval *= trainer.accumulate_grad_batches
-    module = Noisy(options.config, learning_rate=3e-3, warmup_steps=2)
+    module = Noisy(options.config, learning_rate=3e-3, warmup_steps=2, **options.module)
     data = TokenDataModule(corpus, batch_size=8, seq_len=32, num_workers=options.num_workers)
     trainer.fit(module, datamodule=data, ckpt_path=resume)
     (optimizer,) = trainer.optimizers
@@ -135,8 +136,8 @@ def fit(
         "steps_per_epoch": data.steps_per_epoch,
         "weights": {name: full(p).detach().clone() for name, p in module.named_parameters()},
         "optimizer": {
-            index: {name: full(value).clone() for name, value in state.items()}
-            for index, state in enumerate(optimizer.state.values())
+            name: {key: full(value).clone() for key, value in optimizer.state[parameter].items()}
+            for name, parameter in module.named_parameters()
         },
         "random_state": random_state(),
     }

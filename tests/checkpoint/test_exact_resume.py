@@ -18,7 +18,9 @@ from tests.distributed import run_distributed
 TP2 = {"tensor_parallel_size": 2}
 PP2 = {"pipeline_parallel_size": 2}
 CP2 = {"context_parallel_size": 2}
-EP2 = {"expert_parallel_size": 2}
+EP4 = {"expert_parallel_size": 4}
+PP4 = {"pipeline_parallel_size": 4}
+MUON = {"optimizer": "muon", "optimizer_state_dtype": "bfloat16"}
 slow = pytest.mark.slow
 
 
@@ -39,7 +41,7 @@ def drawn_steps(name: str, per_epoch: int, last: int) -> list[int]:
         pytest.param(2, Story(trainer={"accumulate_grad_batches": 2}), id="dp2, accumulation"),
         pytest.param(2, Story(sizes=CP2), id="cp2", marks=slow),
         pytest.param(4, Story(sizes=TP2 | PP2, config=TIED), id="pp2 x tp2, tied", marks=slow),
-        pytest.param(4, Story(sizes=TP2 | EP2, config=EXPERTS), id="dp2 x tp2 x ep2", marks=slow),
+        pytest.param(4, Story(sizes=TP2 | EP4, config=EXPERTS), id="dp2 x tp2 x ep4", marks=slow),
     ],
 )
 def test_resumed_is_uninterrupted(
@@ -55,6 +57,21 @@ def test_resumed_is_uninterrupted(
         assert sum("val_loss" in metrics for _, metrics in whole["logged"]) == 7, "every other batch, twice over"
         for step in steps:
             assert_continues(whole, rank[step], step)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "options"),
+    [
+        pytest.param(8, Story(sizes=TP2 | PP2), id="pp2 x dp2 x tp2", marks=slow),
+        pytest.param(2, Story(sizes=PP2 | {"pipeline_schedule": "ZBVZeroBubble"}, config=TIED), id="both ends on one"),
+        pytest.param(4, Story(sizes=TP2, module={"optimizer": "muon"}), id="dp2 x tp2, Muon"),
+        pytest.param(4, Story(sizes=PP4, module=MUON), id="pp4, Muon in bfloat16", marks=slow),
+        pytest.param(2, Story(module={"optimizer_state_dtype": "bfloat16"}), id="dp2, AdamW in bfloat16"),
+    ],
+)
+def test_other_schedules_and_optimizers(tmp_path: Path, pages: Path, world_size: int, options: Story) -> None:
+    for rank in run_distributed(story, world_size, tmp_path, pages, world_size, options, [3], 6, timeout=250):
+        assert_continues(rank["whole"], rank[3], 3)
 
 
 def assert_continues(whole: dict[str, Any], resumed: dict[str, Any], step: int, validated: bool = False) -> None:
