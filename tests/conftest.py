@@ -16,6 +16,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.object_storage import ObjectStorage, serve
+
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 
@@ -28,3 +30,10 @@ def no_process_group_stays() -> Iterator[None]:
         "this test connected its own process: run it with tests.distributed.run_distributed"
     )
     assert "LOCAL_RANK" not in os.environ, "this test told its own process that it is a rank"
+
+
+@pytest.fixture(scope="session")
+def object_storage() -> Iterator[ObjectStorage]:
+    """A SeaweedFS server that speaks S3, started by the first test that asks for it."""
+    with serve() as storage:
+        yield storage

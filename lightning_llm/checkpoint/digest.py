@@ -15,7 +15,7 @@ import xxhash
 from typing_extensions import Buffer
 
 CHUNK_SIZE = 64 << 20  # bytes
-ALGORITHMS: dict[str, Callable[[], Any]] = {
+ALGORITHMS: dict[str, Callable[..., Any]] = {
     "xxh3_128": xxhash.xxh3_128,  # more than 10 GB/s; against accidents
     "sha256": hashlib.sha256,  # against people, together with a signed manifest
 }

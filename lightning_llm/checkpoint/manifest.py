@@ -21,6 +21,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 import xxhash
@@ -107,7 +108,10 @@ class Manifest:
                 raise ManifestError(f"it is not signed, and {KEY_VARIABLE} is set")
             if not hmac.compare_digest(hmac.digest(key, body, hashlib.sha256).hex(), end[2].decode()):
                 raise ManifestError(f"its signature is not made with the key in {KEY_VARIABLE}")
-        content = json.loads(raw)
+        try:
+            content = json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            raise ManifestError(f"it is not JSON: {error}") from error
         if content.pop("format", None) != FORMAT:
             raise ManifestError("it is not the manifest of a checkpoint")
         version = content.pop("version", None)
@@ -116,10 +120,18 @@ class Manifest:
                 f"its format is version {version}; this lightning_llm reads version {VERSION}. Update it"
             )
         content = {name: value for name, value in content.items() if name not in ("digest", "hmac")}
-        if content["algorithm"] not in ALGORITHMS:
-            raise ManifestError(f"its digests are {content['algorithm']!r}, which this lightning_llm does not know")
-        content["files"] = {name: _record(record) for name, record in content["files"].items()}
-        return cls(**content)
+        algorithm = content.get("algorithm")
+        if algorithm not in ALGORITHMS:
+            raise ManifestError(f"its digests are {algorithm!r}, which this lightning_llm does not know")
+        try:
+            content["files"] = {name: _record(record) for name, record in content["files"].items()}
+            manifest = cls(**content)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ManifestError(f"it is not made as version {VERSION} is: {error!r}") from error
+        for name in (manifest.uuid, *manifest.files):
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise ManifestError(f"it names {name!r}, which is outside of the checkpoint")
+        return manifest
 
 
 def _record(stored: Mapping[str, Any]) -> FileRecord:

@@ -6,7 +6,7 @@ step that either happens or does not; and a name that is in `names()` was commit
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -68,6 +68,10 @@ class CheckpointStore(Protocol):
             FileNotFoundError: It is not there.
             OSError: It cannot be read now.
         """
+        ...
+
+    def read_back(self, location: str, file: str, chunk_size: int, chunks: Sequence[int]) -> Iterator[Buffer]:
+        """These chunks of a file that was just written, from the medium itself where that can be had."""
         ...
 
     def fetch(self, name: str, manifest: Manifest, files: Iterable[str]) -> Path:

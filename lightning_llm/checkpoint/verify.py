@@ -76,7 +76,11 @@ def check_file(
         return Problem(file, "it is missing")
     except OSError as error:
         return Problem(file, f"it cannot be read: {error}", damaged=False)
-    actual = digester.record()
+    return compare(file, expected, digester.record(), algorithm, chunk_size)
+
+
+def compare(file: str, expected: FileRecord, actual: FileRecord, algorithm: str, chunk_size: int) -> Problem | None:
+    """What differs between a file's record in the manifest and that of what was found; None if nothing."""
     if actual.size != expected.size:
         reason = f"it has {actual.size} bytes instead of {expected.size}"
         return Problem(file, reason, expected=str(expected.size), actual=str(actual.size))
