@@ -174,9 +174,11 @@ class BucketStore:
         return max(times, default=datetime.now(UTC)) > datetime.now(UTC) - STALE
 
     def _is_foreign(self, name: str) -> bool:
-        """Whether there is anything at a name that was not made here."""
-        files, folders = self._objects.list_folder(self._key(name, ""))
-        return not {COMMIT, ALIAS}.issuperset(files) or any(self._owner(name, folder) is None for folder in folders)
+        """Whether there is an object at a name that was not made here; some storages have empty folders too."""
+        prefix = self._key(name, "")
+        found = [key.removeprefix(prefix) for key, _ in self._objects.keys(prefix)]
+        ours = {file.removesuffix(DRAFT) for file in found if file.endswith(f"/{DRAFT}")}
+        return any(file not in (COMMIT, ALIAS) and file.partition("/")[0] + "/" not in ours for file in found)
 
     # Checkpoints
 
