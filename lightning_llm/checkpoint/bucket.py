@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 from typing_extensions import Buffer
 
 from lightning_llm.checkpoint.cache import CheckpointCache
-from lightning_llm.checkpoint.digest import Digester, FileRecord
+from lightning_llm.checkpoint.digest import Digester, FileRecord, flat
 from lightning_llm.checkpoint.manifest import Manifest
 from lightning_llm.checkpoint.objects import PART_SIZE, Objects, StorageError
 from lightning_llm.checkpoint.owner import is_running, machine
@@ -267,7 +267,7 @@ def _cut(buffers: Iterable[Buffer], digester: Digester, size: int) -> Iterator[b
     part, filled = bytearray(size), 0
     for buffer in buffers:
         digester.update(buffer)
-        view = memoryview(buffer).cast("B")
+        view = flat(buffer)
         while len(view):
             count = min(len(view), size - filled)
             part[filled : filled + count] = view[:count]
