@@ -45,7 +45,7 @@ class ObjectStorage:
     def client(self) -> Any:
         import boto3
 
-        return boto3.client("s3")
+        return boto3.Session().client("s3")
 
     def bucket(self, name: str = "tests") -> str:
         """Makes a new, empty bucket whose name begins with `name`; returns its name."""
@@ -84,12 +84,8 @@ def serve() -> Iterator[ObjectStorage]:
                 environment.setenv(name, value)
             yield ObjectStorage(endpoint, process.pid)
         finally:
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            process.kill()  # its data goes too; a gentle end would wait for idle connections
+            process.wait()
             for left in leftovers:
                 left.unlink(missing_ok=True)
 
@@ -108,7 +104,7 @@ def _start(program: Path, folder: Path) -> tuple[subprocess.Popen[bytes], str, l
         options += [f"-{name}.localSocket={folder}/{name}-{attempt}.sock" for name in ("filer", "s3")]
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [program, "server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-volume.max=50"]
+                [program, "server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-volume.max=1000"]
                 + ["-s3", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false", "-metricsPort=0"]
                 + ["-master.volumeSizeLimitMB=64", *options],
                 stdout=output,

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,11 +27,10 @@ from typing_extensions import Buffer
 from lightning_llm.checkpoint.digest import FileRecord
 from lightning_llm.checkpoint.files import sync_folder, write_file
 from lightning_llm.checkpoint.manifest import MANIFEST, Manifest
-from lightning_llm.checkpoint.owner import is_running, machine
 from lightning_llm.errors import ConfigurationError
 
 STALE = 3600.0  # seconds without a change after which a draft of another machine is taken for abandoned
-_OWNED = re.compile(r"\.(?:staging|trash)-.*-(?P<machine>[^-]+)-(?P<pid>\d+)-[^-]+")
+_OWNED = re.compile(r"\.(?:staging|trash)-.*-(?P<host>[^-]+)-(?P<pid>\d+)-[^-]+")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -59,11 +59,13 @@ class FolderStore:
 
     def _owned(self, kind: str, name: str, attempt: str) -> str:
         """A name that tells which process it belongs to, so that others can tell whether that one still lives."""
-        return f".{kind}-{name}-{machine()}-{os.getpid()}-{attempt.replace('-', '_')}"
+        return f".{kind}-{name}-{_host()}-{os.getpid()}-{attempt}"
 
     def write(self, location: str, file: str, buffers: Iterable[Buffer], algorithm: str) -> FileRecord:
         """Writes a file and syncs it to the disk."""
         path = Path(location, file)
+        if not Path(location).is_dir():
+            raise FileNotFoundError(f"rank 0 made {location}, which is not there: all nodes must share {self.root}")
         path.parent.mkdir(parents=True, exist_ok=True)
         record = write_file(path, buffers, algorithm)
         sync_folder(path.parent)
@@ -75,27 +77,26 @@ class FolderStore:
         write_file(draft / f"{MANIFEST}.tmp", [manifest], "xxh3_128")
         (draft / f"{MANIFEST}.tmp").rename(draft / MANIFEST)
         sync_folder(draft)
-        self.mark(name, None)  # the note is on the one before
+        if target.is_symlink():
+            target.unlink()
         if _is_empty(target):
             target.rmdir()
-        self._put(draft, target)
-
-    def _put(self, new: Path, target: Path) -> None:
-        """Puts a folder or link in the place of what may be there, which is removed."""
-        if os.path.lexists(target):
-            self._exchange(new, target)
-            sync_folder(self.root)
-            self._throw_away(new)
+        if target.exists():
+            self._exchange(draft, target)
         else:
-            new.rename(target)
-            sync_folder(self.root)
+            draft.rename(target)
+        sync_folder(self.root)
+        with suppress(OSError):
+            (self.root / f"{name}.corrupt").unlink()  # the note was on the one before
+        if draft.exists():  # with what `target` was until now
+            self._throw_away(draft)
 
     def _exchange(self, draft: Path, target: Path) -> None:
-        """Lets a draft and a checkpoint change places in one step, or where the file system has none, in two."""
+        """Puts a draft in the place of a checkpoint in one step, or where the file system has none, in two."""
         if _exchange(draft, target):
             return
         before = self.root / f".replaced-{target.name}"  # from which `_recover` takes it after a crash here
-        _delete(before)
+        shutil.rmtree(before, ignore_errors=True)
         target.rename(before)
         draft.rename(target)
         before.rename(draft)
@@ -103,7 +104,7 @@ class FolderStore:
     def _recover(self) -> None:
         for before in self.root.glob(".replaced-*"):
             target = self.root / before.name.removeprefix(".replaced-")
-            if not os.path.lexists(target):
+            if not target.exists() and (before / MANIFEST).exists():
                 before.rename(target)
 
     def discard(self, location: str) -> None:
@@ -115,12 +116,10 @@ class FolderStore:
         if not self.root.is_dir():
             return
         self._recover()
-        for before in self.root.glob(".replaced-*"):
-            _delete(before)  # a crash after the second step of `_exchange`
         for path in self.root.glob(".*-*"):
             found = _OWNED.fullmatch(path.name)
-            if found and not _lives(path, found["machine"], int(found["pid"])):
-                _delete(path)
+            if found and not _lives(path, found["host"], int(found["pid"])):
+                shutil.rmtree(path, ignore_errors=True)
 
     def names(self) -> list[str]:
         """Folders with a manifest, or of which only that is missing; aliases not."""
@@ -133,6 +132,18 @@ class FolderStore:
             if not path.name.startswith(".") and not path.is_symlink() and _is_checkpoint(path)
         ]
 
+    def aliases(self) -> dict[str, str]:
+        """Symbolic links between folders here."""
+        if not self.root.is_dir():
+            return {}
+        links = [path for path in self.root.iterdir() if path.is_symlink() and not path.name.startswith(".")]
+        return {path.name: os.readlink(path) for path in links if _is_checkpoint(path)}
+
+    def drafts(self) -> dict[str, int]:
+        """Hidden folders that `sweep` would look at."""
+        found = [path for path in self.root.glob(".*-*") if _OWNED.fullmatch(path.name) and path.is_dir()]
+        return {path.name: _size(path) for path in found}
+
     def manifest(self, name: str) -> bytes:
         """Reads `manifest.json`."""
         try:
@@ -144,6 +155,12 @@ class FolderStore:
         """The checkpoint's folder."""
         return str(self.root / name)
 
+    def files(self, location: str) -> list[str]:
+        """All that is in the folder."""
+        root = Path(location)
+        found = sorted(str(path.relative_to(root)) for path in root.rglob("*") if not path.is_dir())
+        return [file for file in found if file != MANIFEST]
+
     def read(self, location: str, file: str, chunk_size: int) -> Iterator[Buffer]:
         """Reads a file in parts."""
         buffer = memoryview(bytearray(min(chunk_size, max(1, os.path.getsize(Path(location, file))))))
@@ -151,15 +168,14 @@ class FolderStore:
             while count := _fill(stream, buffer):
                 yield buffer[:count]
 
-    def read_back(self, location: str, file: str, chunk_size: int, chunks: Sequence[int]) -> Iterator[Buffer]:
-        """Drops what the kernel keeps of the chunks, then reads them."""
+    def read_back(self, location: str, file: str, ranges: Sequence[tuple[int, int]]) -> Iterator[Buffer]:
+        """Drops what the kernel keeps of the parts, then reads them."""
         descriptor = os.open(Path(location, file), os.O_RDONLY)
         try:
-            for chunk in chunks:
-                start = chunk * chunk_size
+            for start, size in ranges:
                 if hasattr(os, "posix_fadvise"):
-                    os.posix_fadvise(descriptor, start, chunk_size, os.POSIX_FADV_DONTNEED)
-                yield os.pread(descriptor, chunk_size, start)
+                    os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_DONTNEED)
+                yield os.pread(descriptor, size, start)
         finally:
             os.close(descriptor)
 
@@ -185,27 +201,36 @@ class FolderStore:
         trash = self.root / self._owned("trash", path.name.lstrip("."), uuid.uuid4().hex[:8])
         path.rename(trash)
         sync_folder(self.root)
-        _delete(trash)
+        shutil.rmtree(trash, ignore_errors=True)
 
     def alias(self, name: str, target: str) -> None:
         """Makes a symbolic link."""
-        link = self.root / self._owned("staging", name, uuid.uuid4().hex[:8])
+        path = self.root / name
+        if path.exists() and not path.is_symlink():
+            self.remove(name)
+        link = self.root / self._owned("trash", name, uuid.uuid4().hex[:8])
         link.symlink_to(target)
-        self._put(link, self.root / name)
+        link.rename(path)
+        sync_folder(self.root)
 
     def mark(self, name: str, report: dict[str, Any] | None) -> None:
         """Writes or removes `NAME.corrupt`; on a file system that is read-only nothing happens."""
-        note = self.root / f"{name}.corrupt"
+        note = self._note(name)
         with suppress(OSError):
             if report is None:
                 note.unlink(missing_ok=True)
             else:
                 note.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
+    def _note(self, name: str) -> Path:
+        """Of an alias it is its checkpoint's."""
+        path = self.root / name
+        return self.root / f"{os.readlink(path) if path.is_symlink() else name}.corrupt"
+
     def marked(self, name: str) -> dict[str, Any] | None:
         """Reads `NAME.corrupt`."""
         try:
-            return json.loads((self.root / f"{name}.corrupt").read_text(encoding="utf-8"))
+            return json.loads(self._note(name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         except (OSError, ValueError):
@@ -217,21 +242,33 @@ def _is_checkpoint(path: Path) -> bool:
     return (path / MANIFEST).is_file() or (path / "index.json").is_file()
 
 
+def _size(folder: Path) -> int:
+    """Bytes of all files in a folder from which others may remove some meanwhile."""
+    size = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            size += path.stat().st_size
+    return size
+
+
 def _is_empty(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
 
 
-def _delete(path: Path) -> None:
-    if path.is_symlink():
-        path.unlink(missing_ok=True)
-    else:
-        shutil.rmtree(path, ignore_errors=True)
+def _host() -> str:
+    return socket.gethostname().replace("-", "_")
 
 
-def _lives(path: Path, on: str, pid: int) -> bool:
+def _lives(path: Path, host: str, pid: int) -> bool:
     """Whether the process that a draft belongs to may still be at work on it."""
-    if on == machine():
-        return is_running(pid)
+    if host == _host():
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True
+        return True
     try:
         latest = max(entry.stat().st_mtime for entry in (path, *path.rglob("*")))
     except OSError:

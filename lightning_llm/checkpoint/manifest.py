@@ -21,7 +21,6 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import PurePosixPath
 from typing import Any
 
 import xxhash
@@ -37,7 +36,15 @@ _LONGEST_END = 160
 
 
 class ManifestError(Exception):
-    """A manifest that cannot be believed; the message says why."""
+    """A manifest that cannot be believed; the message says why.
+
+    Attributes:
+        damaged: Whether it is wrong in itself; False where it may be right for another key or a later version.
+    """
+
+    def __init__(self, reason: str, *, damaged: bool = True) -> None:
+        super().__init__(reason)
+        self.damaged = damaged
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,8 @@ class Manifest:
         weights_only: Whether there is nothing in it to resume a run from.
         algorithm: Of the files' digests.
         chunk_size: Bytes that each digest of a chunk covers.
+        source: What it was made from, if not by a run: the uuid of another checkpoint, or the name of what was
+            imported.
     """
 
     uuid: str
@@ -67,6 +76,7 @@ class Manifest:
     weights_only: bool = False
     algorithm: str = "xxh3_128"
     chunk_size: int = CHUNK_SIZE
+    source: str | None = None
 
     @property
     def size(self) -> int:
@@ -94,7 +104,7 @@ class Manifest:
             ManifestError: empty, damaged, of a later version, or not signed with `key`.
         """
         if not raw:
-            raise ManifestError("it is empty")
+            raise ManifestError("it is missing or empty")
         start = raw.rfind(b',\n "digest": ', max(0, len(raw) - _LONGEST_END))
         end = _END.fullmatch(raw, start) if start >= 0 else None
         if end is None:
@@ -105,37 +115,39 @@ class Manifest:
             raise ManifestError(f"its digest is {actual}, not {end[1].decode()} as it says: it is damaged")
         if key is not None:
             if end[2] is None:
-                raise ManifestError(f"it is not signed, and {KEY_VARIABLE} is set")
+                raise ManifestError(f"it is not signed, and {KEY_VARIABLE} is set", damaged=False)
             if not hmac.compare_digest(hmac.digest(key, body, hashlib.sha256).hex(), end[2].decode()):
-                raise ManifestError(f"its signature is not made with the key in {KEY_VARIABLE}")
+                raise ManifestError(f"its signature is not made with the key in {KEY_VARIABLE}", damaged=False)
         try:
-            content = json.loads(raw)
-        except (ValueError, RecursionError) as error:
-            raise ManifestError(f"it is not JSON: {error}") from error
+            return cls._of(json.loads(raw))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ManifestError(f"it does not have the form of a manifest ({error!r})") from error
+
+    @classmethod
+    def _of(cls, content: dict[str, Any]) -> Manifest:
         if content.pop("format", None) != FORMAT:
             raise ManifestError("it is not the manifest of a checkpoint")
         version = content.pop("version", None)
         if version != VERSION:
-            raise ManifestError(
-                f"its format is version {version}; this lightning_llm reads version {VERSION}. Update it"
-            )
+            reason = f"its format is version {version}; this lightning_llm reads version {VERSION}. Update it"
+            raise ManifestError(reason, damaged=False)
         content = {name: value for name, value in content.items() if name not in ("digest", "hmac")}
-        algorithm = content.get("algorithm")
-        if algorithm not in ALGORITHMS:
-            raise ManifestError(f"its digests are {algorithm!r}, which this lightning_llm does not know")
-        try:
-            content["files"] = {name: _record(record) for name, record in content["files"].items()}
-            manifest = cls(**content)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ManifestError(f"it is not made as version {VERSION} is: {error!r}") from error
-        for name in (manifest.uuid, *manifest.files):
-            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                raise ManifestError(f"it names {name!r}, which is outside of the checkpoint")
-        return manifest
+        if content["algorithm"] not in ALGORITHMS:
+            reason = f"its digests are {content['algorithm']!r}, which this lightning_llm does not know"
+            raise ManifestError(reason, damaged=False)
+        content["files"] = {_inside(name): _record(record) for name, record in content["files"].items()}
+        return cls(**content)
 
 
 def _record(stored: Mapping[str, Any]) -> FileRecord:
     return FileRecord(stored["size"], stored["digest"], tuple(stored["chunks"]))
+
+
+def _inside(file: str) -> str:
+    """A file's name, if it is a path within the checkpoint."""
+    if not file or file.startswith("/") or "\\" in file or not {"", ".", ".."}.isdisjoint(file.split("/")):
+        raise ManifestError(f"it lists {file!r}, which is no file of a checkpoint")
+    return file
 
 
 def secret() -> bytes | None:

@@ -53,12 +53,24 @@ class CheckpointStore(Protocol):
         """Of all committed checkpoints, damaged ones too, in no particular order."""
         ...
 
+    def aliases(self) -> dict[str, str]:
+        """Other names of checkpoints, each with the name that it stands for."""
+        ...
+
+    def drafts(self) -> dict[str, int]:
+        """What is there of saves that are under way, or ended in the middle: name -> bytes."""
+        ...
+
     def manifest(self, name: str) -> bytes:
         """The manifest of a committed checkpoint, as it was given to `commit`; empty if there is none."""
         ...
 
     def location(self, name: str) -> str:
         """Where the files of a committed checkpoint are."""
+        ...
+
+    def files(self, location: str) -> list[str]:
+        """All files of a checkpoint but its manifest, also such as no manifest lists."""
         ...
 
     def read(self, location: str, file: str, chunk_size: int) -> Iterator[Buffer]:
@@ -70,8 +82,14 @@ class CheckpointStore(Protocol):
         """
         ...
 
-    def read_back(self, location: str, file: str, chunk_size: int, chunks: Sequence[int]) -> Iterator[Buffer]:
-        """These chunks of a file that was just written, from the medium itself where that can be had."""
+    def read_back(self, location: str, file: str, ranges: Sequence[tuple[int, int]]) -> Iterator[Buffer]:
+        """Parts of a file that was just written, from the medium itself where that can be had.
+
+        Args:
+            location: Of the draft.
+            file: Path within it.
+            ranges: First byte and number of bytes of each part.
+        """
         ...
 
     def fetch(self, name: str, manifest: Manifest, files: Iterable[str]) -> Path:

@@ -5,12 +5,15 @@ Loading, `lightning-llm verify` and the read-back after a write use it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from lightning_llm.checkpoint.digest import Digester, FileRecord
 from lightning_llm.checkpoint.manifest import MANIFEST, Manifest, ManifestError, secret
 from lightning_llm.checkpoint.store import CheckpointStore
+
+MISSING = "it is missing"
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,13 @@ def read_manifest(store: CheckpointStore, name: str) -> Manifest:
 
 
 def find_problems(
-    store: CheckpointStore, location: str, manifest: Manifest, files: Iterable[str] | None = None
+    store: CheckpointStore,
+    location: str,
+    manifest: Manifest,
+    files: Iterable[str] | None = None,
+    *,
+    threads: int = 1,
+    on_read: Callable[[int], None] = lambda size: None,
 ) -> list[Problem]:
     """Reads files at a location and compares them to a manifest.
 
@@ -56,39 +65,51 @@ def find_problems(
         location: Of a checkpoint or a draft.
         manifest: What they must be.
         files: These alone; None is all.
+        threads: Files that are read at once; digesting needs no interpreter lock.
+        on_read: Called with the bytes of each part that was read, from any of the threads.
     """
-    return [
-        problem
-        for file in (sorted(manifest.files) if files is None else files)
-        if (problem := check_file(store, location, file, manifest.files[file], manifest.algorithm, manifest.chunk_size))
-    ]
+
+    def check(file: str) -> Problem | None:
+        return check_file(store, location, file, manifest.files[file], manifest.algorithm, manifest.chunk_size, on_read)
+
+    chosen = sorted(manifest.files) if files is None else files
+    if threads == 1:
+        return [problem for file in chosen if (problem := check(file))]
+    with ThreadPoolExecutor(threads) as pool:
+        return [problem for problem in pool.map(check, chosen) if problem]
 
 
 def check_file(
-    store: CheckpointStore, location: str, file: str, expected: FileRecord, algorithm: str, chunk_size: int
+    store: CheckpointStore,
+    location: str,
+    file: str,
+    expected: FileRecord,
+    algorithm: str,
+    chunk_size: int,
+    on_read: Callable[[int], None] = lambda size: None,
 ) -> Problem | None:
-    """Compares one file to its record; None if it is as it should be."""
+    """Compares one file to its record; None if it is as it should be. Of several wrong chunks the first is named."""
     digester = Digester(algorithm, chunk_size)
     try:
         for part in store.read(location, file, chunk_size):
             digester.update(part)
+            on_read(len(memoryview(part).cast("B")))
     except FileNotFoundError:
-        return Problem(file, "it is missing")
+        return Problem(file, MISSING)
     except OSError as error:
         return Problem(file, f"it cannot be read: {error}", damaged=False)
-    return compare(file, expected, digester.record(), algorithm, chunk_size)
-
-
-def compare(file: str, expected: FileRecord, actual: FileRecord, algorithm: str, chunk_size: int) -> Problem | None:
-    """What differs between a file's record in the manifest and that of what was found; None if nothing."""
+    actual = digester.record()
     if actual.size != expected.size:
         reason = f"it has {actual.size} bytes instead of {expected.size}"
         return Problem(file, reason, expected=str(expected.size), actual=str(actual.size))
-    for index, (wanted, found) in enumerate(zip(expected.chunks, actual.chunks, strict=True)):
-        if wanted != found:
-            where = f"chunk {index} (bytes {index * chunk_size} to {min((index + 1) * chunk_size, expected.size)})"
-            reason = f"{where} has the {algorithm} digest {found} instead of {wanted}"
-            return Problem(file, reason, chunk=index, expected=wanted, actual=found)
+    pairs = zip(expected.chunks, actual.chunks, strict=True)
+    wrong = [(index, wanted, found) for index, (wanted, found) in enumerate(pairs) if wanted != found]
+    if wrong:
+        index, wanted, found = wrong[0]
+        where = f"chunk {index} (bytes {index * chunk_size} to {min((index + 1) * chunk_size, expected.size)})"
+        others = f"; {len(wrong) - 1} more of its {len(actual.chunks)} chunks differ" if len(wrong) > 1 else ""
+        reason = f"{where} has the {algorithm} digest {found} instead of {wanted}{others}"
+        return Problem(file, reason, chunk=index, expected=wanted, actual=found)
     if actual.digest != expected.digest:
         reason = f"its {algorithm} digest is {actual.digest} instead of {expected.digest}"
         return Problem(file, reason, expected=expected.digest, actual=actual.digest)
