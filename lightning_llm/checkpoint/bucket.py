@@ -79,6 +79,9 @@ class BucketStore:
     def _key(self, name: str, *rest: str) -> str:
         return self._prefix + "/".join((name, *rest))
 
+    def _within(self, location: str, file: str) -> str:
+        return f"{location}/{file}".removeprefix(self._root)
+
     # Drafts
 
     def create(self, name: str, attempt: str) -> str:
@@ -95,14 +98,15 @@ class BucketStore:
     def write(self, location: str, file: str, buffers: Iterable[Buffer], algorithm: str) -> FileRecord:
         """Uploads a file while it is digested; what is large goes in parts."""
         digester = Digester(algorithm)
-        self._objects.upload(f"{location}/{file}".removeprefix(self._root), _cut(buffers, digester, PART_SIZE))
+        self._objects.upload(self._within(location, file), _cut(buffers, digester, PART_SIZE))
         return digester.record()
 
     def commit(self, location: str, name: str, manifest: bytes) -> None:
         """Puts `COMMIT.json`, on the condition that it is as it was until now, and removes what it replaces."""
         attempt = location.rpartition("/")[2]
         before = self._read_commit(name)
-        self.mark(name, None)  # the note is on the one before
+        with suppress(OSError, ConfigurationError):
+            self._objects.delete(self._key(f"{name}.corrupt"))  # the note is on the one before
         self._put_commit(name, b'{"attempt": "%s", "manifest":\n%s}\n' % (attempt.encode(), manifest), before)
         with suppress(OSError, ConfigurationError):  # the checkpoint is there; `sweep` finds what stays
             self._objects.delete(self._key(name, ALIAS))
@@ -136,13 +140,13 @@ class BucketStore:
             self._abandon(self._key(name, attempt, ""))
 
     def _abandon(self, prefix: str) -> None:
-        for key, upload, _ in self._objects.uploads(prefix):
-            self._objects.abort(key, upload)
+        for found in self._objects.uploads(prefix):
+            self._objects.abort(found.key, found.upload)
         self._delete_all(prefix)
 
     def _delete_all(self, prefix: str) -> None:
         """Deletes all objects under a prefix, at last the one that tells whose they are."""
-        self._objects.delete(*(key for key, _ in self._objects.keys(prefix) if key != prefix + DRAFT))
+        self._objects.delete(*(found.key for found in self._objects.list(prefix) if found.key != prefix + DRAFT))
         self._objects.delete(prefix + DRAFT)
 
     def sweep(self) -> None:
@@ -169,14 +173,13 @@ class BucketStore:
         if owner["machine"] == machine():
             return is_running(owner["pid"])
         prefix = self._key(name, attempt, "")
-        times = [stored for _, stored in self._objects.keys(prefix)]
-        times += [begun for _, _, begun in self._objects.uploads(prefix)]
+        times = (found.time for found in (*self._objects.list(prefix), *self._objects.uploads(prefix)))
         return max(times, default=datetime.now(UTC)) > datetime.now(UTC) - STALE
 
     def _is_foreign(self, name: str) -> bool:
         """Whether there is an object at a name that was not made here; some storages have empty folders too."""
         prefix = self._key(name, "")
-        found = [key.removeprefix(prefix) for key, _ in self._objects.keys(prefix)]
+        found = [each.key.removeprefix(prefix) for each in self._objects.list(prefix)]
         ours = {file.removesuffix(DRAFT) for file in found if file.endswith(f"/{DRAFT}")}
         return any(file not in (COMMIT, ALIAS) and file.partition("/")[0] + "/" not in ours for file in found)
 
@@ -186,6 +189,23 @@ class BucketStore:
         """Prefixes with a `COMMIT.json`."""
         found = self._objects.list_folder(self._prefix)[1]
         return [name for name in found if self._objects.size(self._key(name, COMMIT)) is not None]
+
+    def aliases(self) -> dict[str, str]:
+        """Prefixes with an `ALIAS.json` of which the target is committed."""
+        found = {name: self._resolve(name) for name in self._objects.list_folder(self._prefix)[1]}
+        return {name: target for name, (target, commit) in found.items() if commit and target != name}
+
+    def drafts(self) -> dict[str, int]:
+        """What `sweep` would look at."""
+        drafts: dict[str, int] = {}
+        for name in self._objects.list_folder(self._prefix)[1]:
+            prefix, commit = self._key(name, ""), self._read_commit(name)
+            found = self._objects.list(prefix)
+            for attempt in (each.key.split("/")[-2] for each in found if each.key.endswith(f"/{DRAFT}")):
+                if commit is None or commit.attempt != attempt:
+                    files = (each.size for each in found if each.key.startswith(f"{prefix}{attempt}/"))
+                    drafts[f"{name}/{attempt}"] = sum(files)
+        return drafts
 
     def manifest(self, name: str) -> bytes:
         """Reads it from `COMMIT.json`."""
@@ -213,13 +233,23 @@ class BucketStore:
         attempt, manifest = (found[1].decode(errors="replace"), found[2]) if found else ("", stored.body)
         return _Commit(stored.etag, stored.body, attempt, manifest)
 
+    def files(self, location: str) -> list[str]:
+        """All objects of the draft that was committed."""
+        prefix = self._within(location, "")
+        return sorted({each.key.removeprefix(prefix) for each in self._objects.list(prefix)} - {DRAFT})
+
     def read(self, location: str, file: str, chunk_size: int) -> Iterator[Buffer]:
         """Downloads a file, several ranges of a part at once."""
-        return self._objects.download(f"{location}/{file}".removeprefix(self._root), chunk_size)
+        key = self._within(location, file)
+        size = self._objects.size(key)
+        if size is None:
+            raise FileNotFoundError(f"{location}/{file} is not there")
+        ranges = ((start, min(chunk_size, size - start)) for start in range(0, size, chunk_size))
+        yield from self._objects.download(key, ranges)
 
-    def read_back(self, location: str, file: str, chunk_size: int, chunks: Sequence[int]) -> Iterator[Buffer]:
-        """Downloads the chunks."""
-        return self._objects.download(f"{location}/{file}".removeprefix(self._root), chunk_size, chunks)
+    def read_back(self, location: str, file: str, ranges: Sequence[tuple[int, int]]) -> Iterator[Buffer]:
+        """Downloads the parts."""
+        return self._objects.download(self._within(location, file), ranges)
 
     def fetch(self, name: str, manifest: Manifest, files: Iterable[str]) -> Path:
         """Downloads what is not in this node's cache yet, and verifies it once more."""
@@ -238,7 +268,7 @@ class BucketStore:
             self._objects.delete(self._key(name, COMMIT))
             if commit.attempt:
                 self._delete_all(self._key(name, commit.attempt, ""))
-            self.mark(name, None)
+            self._objects.delete(self._key(f"{name}.corrupt"))
 
     def alias(self, name: str, target: str) -> None:
         """Puts `ALIAS.json`, and deletes the `COMMIT.json` that would come before it."""
@@ -249,13 +279,17 @@ class BucketStore:
         """Puts or deletes `NAME.corrupt`; where nothing may be written, nothing happens."""
         with suppress(OSError, ConfigurationError):
             if report is None:
-                self._objects.delete(self._key(f"{name}.corrupt"))
+                self._objects.delete(self._note(name))
             else:
-                self._objects.put(self._key(f"{name}.corrupt"), json.dumps(report, indent=1).encode() + b"\n")
+                self._objects.put(self._note(name), json.dumps(report, indent=1).encode() + b"\n")
+
+    def _note(self, name: str) -> str:
+        """Of an alias it is its checkpoint's."""
+        return self._key(f"{self._resolve(name)[0]}.corrupt")
 
     def marked(self, name: str) -> dict[str, Any] | None:
         """Reads `NAME.corrupt`."""
-        note = self._objects.get(self._key(f"{name}.corrupt"))
+        note = self._objects.get(self._note(name))
         try:
             return json.loads(note.body) if note else None
         except ValueError:

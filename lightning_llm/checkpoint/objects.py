@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -49,6 +49,23 @@ class StoredObject:
     etag: str
 
 
+@dataclass(frozen=True)
+class Listed:
+    """An object or an unfinished upload in a listing.
+
+    Attributes:
+        key: Its whole name.
+        size: Bytes; 0 of an upload.
+        time: When it was stored or begun.
+        upload: The upload's identifier; empty for an object.
+    """
+
+    key: str
+    size: int
+    time: datetime
+    upload: str = ""
+
+
 class Objects:
     """A bucket's objects. Credentials and address come from where all of AWS's tools take them.
 
@@ -74,12 +91,12 @@ class Objects:
 
     def get(self, key: str) -> StoredObject | None:
         """A small object; None if there is none."""
-        with self._explained():
-            try:
+        try:
+            with self._explained():
                 answer = self._client.get_object(Bucket=self.bucket, Key=key)
-            except self._client.exceptions.NoSuchKey:
-                return None
-            return StoredObject(answer["Body"].read(), answer["ETag"])
+                return StoredObject(answer["Body"].read(), answer["ETag"])
+        except FileNotFoundError:
+            return None
 
     def size(self, key: str) -> int | None:
         """Bytes of an object; None if there is none."""
@@ -91,25 +108,25 @@ class Objects:
                 return None
             raise
 
-    def keys(self, prefix: str) -> list[tuple[str, datetime]]:
-        """Keys under a prefix, and when they were stored."""
+    def list(self, prefix: str) -> Sequence[Listed]:
+        """All objects under a prefix."""
         pages = self._pages("list_objects_v2", Prefix=prefix)
-        return [(found["Key"], found["LastModified"]) for page in pages for found in page.get("Contents", ())]
+        found = [each for page in pages for each in page.get("Contents", ())]
+        return [Listed(each["Key"], each["Size"], each["LastModified"]) for each in found]
 
-    def list_folder(self, prefix: str) -> tuple[list[str], list[str]]:
+    def list_folder(self, prefix: str) -> tuple[Sequence[str], Sequence[str]]:
         """Names of the objects right under a prefix that ends with a slash, and of the prefixes there."""
-        files: list[str] = []
-        folders: list[str] = []
+        files, folders = [], []
         for page in self._pages("list_objects_v2", Prefix=prefix, Delimiter="/"):
             files += [found["Key"].removeprefix(prefix) for found in page.get("Contents", ())]
             folders += [found["Prefix"].removeprefix(prefix)[:-1] for found in page.get("CommonPrefixes", ())]
         return [file for file in files if file], folders
 
-    def uploads(self, prefix: str) -> list[tuple[str, str, datetime]]:
-        """Unfinished uploads under a prefix: key, identifier, and when it was begun."""
+    def uploads(self, prefix: str) -> Sequence[Listed]:
+        """All unfinished uploads under a prefix."""
         pages = self._pages("list_multipart_uploads", Prefix=prefix)
-        found = [upload for page in pages for upload in page.get("Uploads", ())]
-        return [(upload["Key"], upload["UploadId"], upload["Initiated"]) for upload in found]
+        found = [each for page in pages for each in page.get("Uploads", ())]
+        return [Listed(each["Key"], 0, each["Initiated"], each["UploadId"]) for each in found]
 
     def _pages(self, operation: str, **arguments: str) -> Iterator[dict[str, Any]]:
         with self._explained():
@@ -166,29 +183,28 @@ class Objects:
                 self.abort(key, upload["UploadId"])
             raise
 
-    def download(self, key: str, chunk_size: int, chunks: Sequence[int] | None = None) -> Iterator[memoryview]:
-        """An object's content in chunks, of which each is overwritten with the next.
+    def download(self, key: str, ranges: Iterable[tuple[int, int]]) -> Iterator[memoryview]:
+        """Parts of an object, each of which is overwritten with the next.
 
         Args:
             key: Of the object.
-            chunk_size: Bytes of a chunk; the last may be shorter.
-            chunks: Numbers of those that are wanted; None is all.
+            ranges: First byte and number of bytes of each part.
 
         Raises:
             FileNotFoundError: There is no such object.
         """
-        size = self.size(key)
-        if size is None:
-            raise FileNotFoundError(f"s3://{self.bucket}/{key} is not there")
-        buffer = memoryview(bytearray(min(chunk_size, size)))
+        buffer = bytearray()
         with _threads("download") as threads:
-            for chunk in range(-(-size // chunk_size)) if chunks is None else chunks:
-                start = chunk * chunk_size
-                part = buffer[: max(0, size - start)]
-                _finish(
+            for start, size in ranges:
+                if size > len(buffer):
+                    buffer = bytearray(size)
+                part = memoryview(buffer)[:size]
+                requests = [
                     threads.submit(self._fill, key, start + at, part[at : at + RANGE_SIZE])
-                    for at in range(0, len(part), RANGE_SIZE)
-                )
+                    for at in range(0, size, RANGE_SIZE)
+                ]
+                for request in requests:
+                    request.result()
                 yield part
 
     def _fill(self, key: str, start: int, target: memoryview) -> None:
@@ -234,6 +250,8 @@ class Objects:
     def _refusal(self, error: Any) -> Exception:
         status, code = error.response["ResponseMetadata"]["HTTPStatusCode"], error.response["Error"]["Code"]
         reason = f"s3://{self.bucket}: {error}".rstrip(".")
+        if code == "NoSuchKey":
+            return FileNotFoundError(reason)
         if code == "NoSuchBucket":
             endpoint = self._client.meta.endpoint_url
             return ConfigurationError(f"There is no bucket {self.bucket!r} at {endpoint}. Make it, or name another.")
@@ -289,8 +307,3 @@ def _threads(purpose: str) -> Iterator[ThreadPoolExecutor]:
         yield threads
     finally:
         threads.shutdown(cancel_futures=True)
-
-
-def _finish(futures: Iterable[Future[None]]) -> None:
-    for future in list(futures):
-        future.result()

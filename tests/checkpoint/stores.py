@@ -95,8 +95,8 @@ def everything(store: Store) -> set[str]:
     """All files or objects, and unfinished uploads."""
     if isinstance(store, FolderStore):
         return {str(path.relative_to(store.root)) for path in store.root.rglob("*") if not path.is_dir()}
-    found = [key for key, _ in store._objects.keys(store._prefix)]
-    found += [f"{key} (upload)" for key, _, _ in store._objects.uploads(store._prefix)]
+    found = [each.key for each in store._objects.list(store._prefix)]
+    found += [f"{each.key} (upload)" for each in store._objects.uploads(store._prefix)]
     return {key.removeprefix(store._prefix) for key in found}
 
 

@@ -163,7 +163,7 @@ def test_a_copy_is_a_checkpoint_with_its_last_object(store: BucketStore, bucket:
     """Copied object by object to another prefix, it is none before `COMMIT.json` has arrived."""
     save(store, NAME, {"a": b"1" * 5000, "b": b"2"})
     copy = BucketStore(f"{store.url}-copy")
-    keys = [key for key, _ in store._objects.keys(store._prefix)]
+    keys = [each.key for each in store._objects.list(store._prefix)]
     for key in sorted(keys, key=lambda key: key.endswith(COMMIT)):
         assert copy.names() == []
         found = store._objects.get(key)

@@ -45,8 +45,12 @@ def test_a_draft_is_not_seen_until_it_is_committed(store: Store) -> None:
         assert store.write(location, file, parts, "xxh3_128") == digest_of([content], "xxh3_128")
         assert store.names() == []
         assert store.manifest(NAME) == b""
+    (size,) = store.drafts().values()
+    assert size >= sum(map(len, NEW.values()))
     manifest = manifest_of(NEW).to_bytes()
     store.commit(location, NAME, manifest)
+    assert store.drafts() == {}
+    assert store.files(store.location(NAME)) == sorted(NEW)
     assert store.names() == [NAME]
     assert store.manifest(NAME) == manifest
     assert load(store, NAME) == NEW
@@ -61,7 +65,10 @@ def test_reading_in_parts(store: Store) -> None:
     for size in (1000, 1024, len(content), 10**6):
         parts = [bytes(part) for part in store.read(location, "file", size)]
         assert parts == [content[start : start + size] for start in range(0, len(content), size)]
-    assert list(map(bytes, store.read_back(location, "file", 1000, [1, 5]))) == [content[1000:2000], content[5000:6000]]
+    assert list(map(bytes, store.read_back(location, "file", [(1000, 500), (7, 3)]))) == [
+        content[1000:1500],
+        content[7:10],
+    ]
     with pytest.raises(FileNotFoundError):
         list(store.read(location, "other", 1000))
 
@@ -148,7 +155,12 @@ def test_an_alias_moves(store: Store) -> None:
     assert load(store, "last.ckpt") == NEW
     assert verify(store, "last.ckpt") == []
     assert sorted(store.names()) == ["step=1.ckpt", "step=2.ckpt"]
+    assert store.aliases() == {"last.ckpt": "step=2.ckpt"}
+    store.mark("last.ckpt", {"found": "now"})
+    assert store.marked("step=2.ckpt") == store.marked("last.ckpt") == {"found": "now"}
+    assert store.marked("step=1.ckpt") is None
     store.remove("last.ckpt")
+    assert store.aliases() == {}
     assert store.manifest("last.ckpt") == b""
     assert load(store, "step=2.ckpt") == NEW
 
@@ -158,7 +170,10 @@ def test_alias_and_checkpoint_take_each_others_place(store: Store) -> None:
     save(store, "last.ckpt", NEW)
     store.alias("last.ckpt", "step=1.ckpt")
     assert (store.names(), store.manifest("last.ckpt")) == (["step=1.ckpt"], target)
+    store.mark("step=1.ckpt", {"found": "now"})
     save(store, "last.ckpt", NEW)
+    assert store.aliases() == {}
+    assert (store.marked("last.ckpt"), store.marked("step=1.ckpt")) == (None, {"found": "now"})
     assert sorted(store.names()) == ["last.ckpt", "step=1.ckpt"]
     assert (load(store, "last.ckpt"), load(store, "step=1.ckpt")) == (NEW, OLD)
     assert leftovers(store) == set()
@@ -171,6 +186,7 @@ def test_an_alias_of_what_is_gone(store: Store) -> None:
     store.alias("last.ckpt", "step=1.ckpt")
     store.remove("step=1.ckpt")
     assert store.manifest("last.ckpt") == b""
+    assert store.aliases() == {}
     save(store, "step=2.ckpt", NEW)
     store.alias("last.ckpt", "step=2.ckpt")
     assert load(store, "last.ckpt") == NEW

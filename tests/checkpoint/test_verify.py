@@ -71,7 +71,8 @@ def test_any_bit_of_any_file(store: Store, data: st.DataObject) -> None:
         ("rank_00000.safetensors", lambda content: None, "rank_00000.safetensors: it is missing"),
         ("assets/tokenizer.json", lambda content: None, "assets/tokenizer.json: it is missing"),
         ("one", lambda content: b"2", "one: chunk 0 .bytes 0 to 1. has the xxh3_128 digest"),
-        (MANIFEST, lambda content: b"", "manifest.json: it is empty"),
+        (MANIFEST, lambda content: b"", "manifest.json: it is missing or empty"),
+        (MANIFEST, lambda content: None, "manifest.json: it is missing or empty"),
         (MANIFEST, lambda content: content[:-1], "manifest.json: it does not end with its digest"),
         (MANIFEST, lambda content: content[: len(content) // 2], "manifest.json: it does not end with its digest"),
         (MANIFEST, lambda content: b"{}", "manifest.json: it does not end with its digest"),
@@ -83,7 +84,6 @@ def test_damage(store: Store, file: str, change: Callable[[bytes], bytes | None]
     (found,) = verify(store, NAME)
     assert found.damaged
     assert re.search(problem, str(found)), found
-    assert store.names() == [NAME], "it is still there, to be looked at"
 
 
 @pytest.mark.parametrize(
