@@ -54,7 +54,7 @@ class Digester:
 
     def update(self, buffer: Buffer) -> None:
         """Takes the next bytes of the file."""
-        view = memoryview(buffer).cast("B")
+        view = flat(buffer)
         while len(view):
             part = view[: self._room]
             self._chunk.update(part)
@@ -77,6 +77,12 @@ class Digester:
         for chunk in self._chunks:
             whole.update(chunk)
         return FileRecord(self._size, whole.hexdigest(), tuple(chunk.hex() for chunk in self._chunks))
+
+
+def flat(buffer: Buffer) -> memoryview:
+    """A buffer's bytes in one dimension."""
+    view = memoryview(buffer)
+    return view.cast("B") if view.nbytes else memoryview(b"")  # `cast` refuses a shape with a zero
 
 
 def digest_of(buffers: Iterable[Buffer], algorithm: str, chunk_size: int = CHUNK_SIZE) -> FileRecord:

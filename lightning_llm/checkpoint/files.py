@@ -16,7 +16,7 @@ from typing import Any
 
 from typing_extensions import Buffer
 
-from lightning_llm.checkpoint.digest import Digester, FileRecord
+from lightning_llm.checkpoint.digest import Digester, FileRecord, flat
 
 ALIGNMENT = 64  # bytes, of the place where tensors begin
 WRITE_SIZE = 16 << 20  # bytes that are handed to the kernel at once, then digested while they are in the cache
@@ -79,7 +79,7 @@ def write_file(path: Path, buffers: Iterable[Buffer], algorithm: str) -> FileRec
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
         for buffer in buffers:
-            view = memoryview(buffer).cast("B")
+            view = flat(buffer)
             for start in range(0, len(view), WRITE_SIZE):
                 part = view[start : start + WRITE_SIZE]
                 digester.update(part)

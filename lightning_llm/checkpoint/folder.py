@@ -14,7 +14,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,10 +26,11 @@ from typing_extensions import Buffer
 from lightning_llm.checkpoint.digest import FileRecord
 from lightning_llm.checkpoint.files import sync_folder, write_file
 from lightning_llm.checkpoint.manifest import MANIFEST, Manifest
+from lightning_llm.checkpoint.owner import is_running, machine
 from lightning_llm.errors import ConfigurationError
 
 STALE = 3600.0  # seconds without a change after which a draft of another machine is taken for abandoned
-_OWNED = re.compile(r"\.(?:staging|trash)-.*-(?P<host>[^-]+)-(?P<pid>\d+)-[^-]+")
+_OWNED = re.compile(r"\.(?:staging|trash)-.*-(?P<machine>[^-]+)-(?P<pid>\d+)-[^-]+")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -59,7 +59,7 @@ class FolderStore:
 
     def _owned(self, kind: str, name: str, attempt: str) -> str:
         """A name that tells which process it belongs to, so that others can tell whether that one still lives."""
-        return f".{kind}-{name}-{_host()}-{os.getpid()}-{attempt}"
+        return f".{kind}-{name}-{machine()}-{os.getpid()}-{attempt.replace('-', '_')}"
 
     def write(self, location: str, file: str, buffers: Iterable[Buffer], algorithm: str) -> FileRecord:
         """Writes a file and syncs it to the disk."""
@@ -77,26 +77,28 @@ class FolderStore:
         write_file(draft / f"{MANIFEST}.tmp", [manifest], "xxh3_128")
         (draft / f"{MANIFEST}.tmp").rename(draft / MANIFEST)
         sync_folder(draft)
-        if target.is_symlink():
-            target.unlink()
+        with suppress(OSError):
+            (self.root / f"{name}.corrupt").unlink()  # the note is on the one before
         if _is_empty(target):
             target.rmdir()
-        if target.exists():
-            self._exchange(draft, target)
+        self._put(draft, target)
+
+    def _put(self, new: Path, target: Path) -> None:
+        """Puts a folder or link in the place of what may be there, which is removed."""
+        if os.path.lexists(target):
+            self._exchange(new, target)
+            sync_folder(self.root)
+            self._throw_away(new)
         else:
-            draft.rename(target)
-        sync_folder(self.root)
-        with suppress(OSError):
-            (self.root / f"{name}.corrupt").unlink()  # the note was on the one before
-        if draft.exists():  # with what `target` was until now
-            self._throw_away(draft)
+            new.rename(target)
+            sync_folder(self.root)
 
     def _exchange(self, draft: Path, target: Path) -> None:
-        """Puts a draft in the place of a checkpoint in one step, or where the file system has none, in two."""
+        """Lets a draft and a checkpoint change places in one step, or where the file system has none, in two."""
         if _exchange(draft, target):
             return
         before = self.root / f".replaced-{target.name}"  # from which `_recover` takes it after a crash here
-        shutil.rmtree(before, ignore_errors=True)
+        _delete(before)
         target.rename(before)
         draft.rename(target)
         before.rename(draft)
@@ -104,7 +106,7 @@ class FolderStore:
     def _recover(self) -> None:
         for before in self.root.glob(".replaced-*"):
             target = self.root / before.name.removeprefix(".replaced-")
-            if not target.exists() and (before / MANIFEST).exists():
+            if not os.path.lexists(target):
                 before.rename(target)
 
     def discard(self, location: str) -> None:
@@ -116,10 +118,12 @@ class FolderStore:
         if not self.root.is_dir():
             return
         self._recover()
+        for before in self.root.glob(".replaced-*"):
+            _delete(before)  # a crash came after the second step of `_exchange`
         for path in self.root.glob(".*-*"):
             found = _OWNED.fullmatch(path.name)
-            if found and not _lives(path, found["host"], int(found["pid"])):
-                shutil.rmtree(path, ignore_errors=True)
+            if found and not _lives(path, found["machine"], int(found["pid"])):
+                _delete(path)
 
     def names(self) -> list[str]:
         """Folders with a manifest, or of which only that is missing; aliases not."""
@@ -201,17 +205,13 @@ class FolderStore:
         trash = self.root / self._owned("trash", path.name.lstrip("."), uuid.uuid4().hex[:8])
         path.rename(trash)
         sync_folder(self.root)
-        shutil.rmtree(trash, ignore_errors=True)
+        _delete(trash)
 
     def alias(self, name: str, target: str) -> None:
         """Makes a symbolic link."""
-        path = self.root / name
-        if path.exists() and not path.is_symlink():
-            self.remove(name)
         link = self.root / self._owned("trash", name, uuid.uuid4().hex[:8])
         link.symlink_to(target)
-        link.rename(path)
-        sync_folder(self.root)
+        self._put(link, self.root / name)
 
     def mark(self, name: str, report: dict[str, Any] | None) -> None:
         """Writes or removes `NAME.corrupt`; on a file system that is read-only nothing happens."""
@@ -255,20 +255,17 @@ def _is_empty(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
 
 
-def _host() -> str:
-    return socket.gethostname().replace("-", "_")
+def _delete(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
-def _lives(path: Path, host: str, pid: int) -> bool:
+def _lives(path: Path, on: str, pid: int) -> bool:
     """Whether the process that a draft belongs to may still be at work on it."""
-    if host == _host():
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            return True
-        return True
+    if on == machine():
+        return is_running(pid)
     try:
         latest = max(entry.stat().st_mtime for entry in (path, *path.rglob("*")))
     except OSError:

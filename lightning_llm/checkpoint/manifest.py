@@ -120,7 +120,7 @@ class Manifest:
                 raise ManifestError(f"its signature is not made with the key in {KEY_VARIABLE}", damaged=False)
         try:
             return cls._of(json.loads(raw))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise ManifestError(f"it does not have the form of a manifest ({error!r})") from error
 
     @classmethod
@@ -135,6 +135,7 @@ class Manifest:
         if content["algorithm"] not in ALGORITHMS:
             reason = f"its digests are {content['algorithm']!r}, which this lightning_llm does not know"
             raise ManifestError(reason, damaged=False)
+        _inside(content["uuid"])  # it is the name of a folder where checkpoints are kept on a node
         content["files"] = {_inside(name): _record(record) for name, record in content["files"].items()}
         return cls(**content)
 

@@ -93,12 +93,16 @@ def check_file(
     try:
         for part in store.read(location, file, chunk_size):
             digester.update(part)
-            on_read(len(memoryview(part).cast("B")))
+            on_read(memoryview(part).nbytes)
     except FileNotFoundError:
         return Problem(file, MISSING)
     except OSError as error:
         return Problem(file, f"it cannot be read: {error}", damaged=False)
-    actual = digester.record()
+    return compare(file, expected, digester.record(), algorithm, chunk_size)
+
+
+def compare(file: str, expected: FileRecord, actual: FileRecord, algorithm: str, chunk_size: int) -> Problem | None:
+    """What differs between a file's record in the manifest and the record of what was found; None if nothing does."""
     if actual.size != expected.size:
         reason = f"it has {actual.size} bytes instead of {expected.size}"
         return Problem(file, reason, expected=str(expected.size), actual=str(actual.size))
@@ -121,7 +125,7 @@ def verify(store: CheckpointStore, name: str) -> list[Problem]:
     try:
         manifest = read_manifest(store, name)
     except ManifestError as error:
-        return [Problem(MANIFEST, str(error))]
+        return [Problem(MANIFEST, str(error), damaged=error.damaged)]
     except OSError as error:
         return [Problem(MANIFEST, f"it cannot be read: {error}", damaged=False)]
     return find_problems(store, store.location(name), manifest)
