@@ -19,6 +19,7 @@ from lightning_llm.checkpoint import commands as of_checkpoints
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule, LightningModule
 
+FAILED = 1
 USAGE_ERROR = 2
 INTERRUPTED = 130  # the shell's code for an end by Ctrl-C
 
@@ -330,9 +331,14 @@ def _answer(run: Callable[[], int], prog: str = "lightning-llm") -> int:
 
 def _run_function(name: str, arguments: list[str]) -> int:
     from lightning_llm.arguments import parser_of
+    from lightning_llm.errors import CheckpointError
 
     command = COMMANDS[name]
-    return command(**vars(parser_of(command).parse_args(arguments))) or 0
+    try:
+        return command(**vars(parser_of(command).parse_args(arguments))) or 0
+    except CheckpointError as error:
+        print(f"lightning-llm: {error}", file=sys.stderr)
+        return FAILED
 
 
 def _run_group(name: str, arguments: list[str]) -> int:

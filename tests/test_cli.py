@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from lightning_llm.cli import COMMANDS, TRAINER_COMMANDS
 from tests.commands import call_forked
 
 COMMAND = Path(sys.executable).with_name("lightning-llm")
@@ -66,18 +67,7 @@ def fit_arguments(data: Path, root: Path, devices: int, **trainer: object) -> li
 def test_help_lists_every_command_and_an_unknown_one_is_refused() -> None:
     listing = call("--help")
     assert listing.returncode == 0
-    for name in (
-        "fit",
-        "validate",
-        "test",
-        "predict",
-        "tokenize",
-        "verify",
-        "checkpoints",
-        "import",
-        "generate",
-        "doctor",
-    ):
+    for name in (*TRAINER_COMMANDS, *COMMANDS, "verify", "checkpoints", "export", "reshard", "import"):
         assert re.search(rf"^  {name} ", listing.stdout, re.MULTILINE)
     refused = call("trian")
     assert refused.returncode == 2 and "no command 'trian'" in refused.stderr

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -14,7 +16,9 @@ from typing import Any
 import psutil
 import pytest
 
+from lightning_llm.checkpoint.digest import FileRecord
 from lightning_llm.checkpoint.manifest import MANIFEST, Manifest
+from lightning_llm.cli import main
 from tests.checkpoint.damage import flip_bit
 from tests.checkpoint.runs import run
 from tests.commands import call_forked
@@ -183,6 +187,37 @@ def test_reshard_as_a_command(folder: Path, tmp_path: Path) -> None:
     again = call_forked("reshard", folder, tmp_path / "new", "--ranks", 3)
     assert again.returncode == 2 and "is a checkpoint already" in again.stderr
     assert call_forked("reshard", folder, tmp_path / "other").returncode == 2, "--ranks must be said"
+
+
+def full_disk() -> int:
+    """The command, where no file may grow beyond 20 kB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    return main()
+
+
+def test_a_copy_that_cannot_be_written_ends_with_1_and_one_sentence(folder: Path, tmp_path: Path) -> None:
+    done = call_forked("reshard", folder, tmp_path / "new", "--ranks", 2, run=full_disk)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "new could not be written: [Errno 27] File too large" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"files": {"../../secret": FileRecord(1, "00", ("00",))}}, "lists '../../secret', which is no file of a"),
+        ({"files": {"/etc/passwd": FileRecord(1, "00", ("00",))}}, "lists '/etc/passwd', which is no file of a"),
+        ({"files": {"a//b": FileRecord(1, "00", ("00",))}}, "lists 'a//b', which is no file of a"),
+        ({"files": None}, "does not have the form of a manifest"),
+    ],
+    ids=["above", "elsewhere", "odd", "none"],
+)
+def test_a_manifest_cannot_point_elsewhere(folder: Path, change: dict[str, Any], message: str) -> None:
+    path = folder / "step=4.ckpt" / MANIFEST
+    manifest = Manifest.from_bytes(path.read_bytes())
+    path.write_bytes(dataclasses.replace(manifest, **change).to_bytes())
+    shown = call_forked("verify", folder / "step=4.ckpt")
+    assert shown.returncode == 1 and message in shown.stdout
 
 
 def test_a_run_without_a_good_checkpoint_ends_with_77(folder: Path, corpus: Path, tmp_path: Path) -> None:
