@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_llm.callbacks.bucket_files import register_bucket_files
 from lightning_llm.callbacks.registration import register_checkpoint
 from lightning_llm.checkpoint.plugin import VerifiedCheckpointIO, collect_whole
 from lightning_llm.checkpoint.saver import CheckpointSaver, Outcome
@@ -108,6 +109,8 @@ class AsyncDistributedCheckpoint(ModelCheckpoint):
         _check_choice("verify", verify, ("full", "sample", "none"))
         _check_choice("when_busy", when_busy, ("wait", "skip"))
         _check_choice("on_failure", on_failure, ("retry", "warn", "raise"))
+        if dirpath is not None and str(dirpath).startswith("s3://"):
+            register_bucket_files()
         super().__init__(dirpath, **kwargs)
         if register_on_best and self.monitor is None:
             raise ConfigurationError("register_on_best=True needs monitor=..., which tells what the best one is.")

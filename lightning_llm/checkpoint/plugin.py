@@ -70,8 +70,11 @@ class VerifiedCheckpointIO(CheckpointIO):
         tensors = _Tensors(checkpoint, map_location)
         if OPTIMIZERS in state:
             state[OPTIMIZERS] = decode(state[OPTIMIZERS], tensors)
-        model = {name: tensors[name] for name in checkpoint.tensors if name.startswith("model.")} | checkpoint.values
-        state["state_dict"] = {name.removeprefix("model."): value for name, value in model.items()}
+        state["state_dict"] = {
+            name.removeprefix("model."): tensors[name] if name in tensors else checkpoint.values[name]
+            for name in (*checkpoint.tensors, *checkpoint.values)
+            if name.startswith("model.")
+        }
         return state
 
     def remove_checkpoint(self, path: Any) -> None:

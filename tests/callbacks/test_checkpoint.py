@@ -26,11 +26,13 @@ from lightning_llm.callbacks import AsyncDistributedCheckpoint
 from lightning_llm.checkpoint.folder import FolderStore
 from lightning_llm.checkpoint.reading import Checkpoint
 from lightning_llm.checkpoint.saver import CheckpointSaver, RunState
+from lightning_llm.checkpoint.store import open_store
 from lightning_llm.checkpoint.verify import verify
 from lightning_llm.errors import CheckpointError, ConfigurationError, NoGoodCheckpointError
 from lightning_llm.registry import open_registry
 from tests.checkpoint.damage import flip_bit
 from tests.distributed import run_distributed
+from tests.object_storage import ObjectStorage
 from tests.strategies.training import Recorder, loader, make_module, make_trainer
 
 TP2 = {"tensor_parallel_size": 2}
@@ -437,6 +439,31 @@ def test_a_save_that_is_due_too_soon_waits(tmp_path: Path) -> None:
 def test_a_save_that_is_due_too_soon_can_be_skipped(tmp_path: Path) -> None:
     skipped, left = run_distributed(busy, 1, tmp_path, "skip")[0]
     assert skipped >= 1 and "step=6.ckpt" not in left and {"step=2.ckpt", "step=4.ckpt"} <= set(left)
+
+
+# -- object storage --
+
+
+def save_to_bucket(url: str) -> list[list[float]]:
+    options: dict[str, Any] = {"every_n_train_steps": 3, "save_last": True, "filename": "{step}"}
+    common: dict[str, Any] = {"world_size": 2, **ONE_BATCH}
+    whole = fit(ModelCheckpoint(Path(os.environ["PLACE"]) / "reference"), max_steps=9, **common)[1]
+    fit(AsyncDistributedCheckpoint(url, **options), max_steps=7, **common)
+    resumed = fit(AsyncDistributedCheckpoint(url, **options), max_steps=9, ckpt_path="last", **common)[1]
+    return [whole[6:], resumed]
+
+
+def test_a_bucket_is_as_good_as_a_folder(
+    object_storage: ObjectStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    monkeypatch.setenv("LIGHTNING_LLM_CACHE", str(tmp_path / "cache"))
+    url = f"s3://{object_storage.bucket('callback')}/team/run"
+    whole, resumed = run_distributed(save_to_bucket, 2, url)[0]
+    assert resumed == whole and len(whole) == 3
+    store = open_store(url)
+    assert sorted(store.names()) == ["step=6.ckpt", "step=9.ckpt"]
+    assert all(verify(store, name) == [] for name in ("step=6.ckpt", "step=9.ckpt", "last.ckpt"))
 
 
 # -- other strategies --
