@@ -71,7 +71,7 @@ class VerifiedCheckpointIO(CheckpointIO):
         if OPTIMIZERS in state:
             state[OPTIMIZERS] = decode(state[OPTIMIZERS], tensors)
         state["state_dict"] = {
-            name.removeprefix("model."): tensors[name] if name in tensors else checkpoint.values[name]
+            name.removeprefix("model."): tensors[name] if name in checkpoint.tensors else checkpoint.values[name]
             for name in (*checkpoint.tensors, *checkpoint.values)
             if name.startswith("model.")
         }
