@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback
 
 from lightning_llm import DecoderConfig, LLM3DStrategy, LLMModule, TokenDataModule
