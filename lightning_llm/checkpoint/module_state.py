@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lightning_llm._torch import parameter_names
 from lightning_llm.checkpoint.reading import PLACE, TRAINER_PART, Checkpoint
 from lightning_llm.checkpoint.saver import RunState
 from lightning_llm.errors import ConfigurationError
@@ -34,7 +35,15 @@ def model_state(module: nn.Module, aliases: Mapping[str, str]) -> dict[str, Any]
 
 def optimizer_state(module: nn.Module, optimizer: Optimizer, aliases: Mapping[str, str]) -> dict[str, Any]:
     """This rank's optimizer state, flat and by parameter name, so that another layout can load it."""
-    return _renamed(get_optimizer_state_dict(module, optimizer, options=_FLAT), aliases)
+    if not optimizer.param_groups:  # where a module's configure_optimizers() returns None
+        return {}
+    started = bool(optimizer.state)
+    state = get_optimizer_state_dict(module, optimizer, options=_FLAT)
+    if not started:
+        # torch has made it, by a step without gradients, which counts as one: the first real step would be the second.
+        optimizer.state.clear()
+        state = {name: value for name, value in state.items() if not name.startswith("state.")}
+    return _renamed(state, aliases)
 
 
 def collect(
@@ -96,15 +105,17 @@ def restore(checkpoint: Checkpoint, module: nn.Module, optimizers: list[Optimize
             weights alone, or another optimizer's state, where optimizers are to be restored.
     """
     path, stored, values = checkpoint.path, checkpoint.tensors, checkpoint.values
+    optimizers = [optimizer for optimizer in optimizers if optimizer.param_groups]
     model = model_state(module, aliases)
     tensors = {f"model.{name}": tensor for name, tensor in model.items() if isinstance(tensor, Tensor)}
     for optimizer in optimizers:
         optimizer.zero_grad()  # torch makes the states that are to be loaded only where there are no gradients
     states = [get_optimizer_state_dict(module, optimizer, options=_FLAT) for optimizer in optimizers]
     known = {*stored, *values}
-    started = [_started(_renamed(state, aliases), known, f"optimizer_{index}") for index, state in enumerate(states)]
+    reached = [_reached(known, f"optimizer_{index}.state.") for index in range(len(optimizers))]
+    started = [_started(_renamed(state, aliases), names) for state, names in zip(states, reached, strict=True)]
     _check_model(path, tensors, stored)
-    if optimizers and not any(name.startswith("optimizer_0.") for name in known):
+    if optimizers and checkpoint.manifest.weights_only:
         raise ConfigurationError(
             f"{path} holds weights alone (it was saved with save_weights_only=True), so a run cannot go on from it. "
             "Use a whole checkpoint, or export this one and start anew from the exported folder."
@@ -128,12 +139,15 @@ def restore(checkpoint: Checkpoint, module: nn.Module, optimizers: list[Optimize
         loaded = model[_rename(name, aliases)]
         if isinstance(tensor, Tensor) and tensor is not loaded:
             tensor.copy_(loaded)
-    for optimizer, state, loaded in zip(optimizers, states, started, strict=True):
+    names = {parameter: _rename(name, aliases) for parameter, name in parameter_names(module).items()}
+    for optimizer, state, loaded, with_state in zip(optimizers, states, started, reached, strict=True):
         back = {
             name: _own(loaded.get(_rename(name, aliases), fresh), _rename(name, aliases) != name)
             for name, fresh in state.items()
         }
         set_optimizer_state_dict(module, optimizer, back, options=_FLAT)
+        for parameter in [p for p in optimizer.state if names.get(p) not in with_state]:
+            del optimizer.state[parameter]  # torch has made it, and counted a step
 
 
 def _check_model(path: str, tensors: Mapping[str, Tensor], stored: Mapping[str, TensorStorageMetadata]) -> None:
@@ -173,12 +187,15 @@ def _rename(name: str, aliases: Mapping[str, str]) -> str:
     return name
 
 
-def _started(state: dict[str, Any], stored: Collection[str], key: str) -> dict[str, Any]:
+def _reached(stored: Collection[str], prefix: str) -> set[str]:
+    """Parameters that have an optimizer's state, because some step had a gradient for them."""
+    return {name.removeprefix(prefix).rpartition(".")[0] for name in stored if name.startswith(prefix)}
+
+
+def _started(state: dict[str, Any], reached: Collection[str]) -> dict[str, Any]:
     """An optimizer's state without that of parameters which no step had reached when the checkpoint was saved."""
-    prefix = f"{key}.state."
-    started = {name.removeprefix(prefix).rpartition(".")[0] for name in stored if name.startswith(prefix)}
     return {
         name: value
         for name, value in state.items()
-        if not name.startswith("state.") or name.removeprefix("state.").rpartition(".")[0] in started
+        if not name.startswith("state.") or name.removeprefix("state.").rpartition(".")[0] in reached
     }
