@@ -177,9 +177,9 @@ class BucketStore:
         return max(times, default=datetime.now(UTC)) > datetime.now(UTC) - STALE
 
     def _is_foreign(self, name: str) -> bool:
-        """Whether there is an object at a name that was not made here; some storages have empty folders too."""
+        """Whether there is an object at a name that was not made here. Empty folders, which consoles make, are none."""
         prefix = self._key(name, "")
-        found = [each.key.removeprefix(prefix) for each in self._objects.list(prefix)]
+        found = [each.key.removeprefix(prefix) for each in self._objects.list(prefix) if not each.key.endswith("/")]
         ours = {file.removesuffix(DRAFT) for file in found if file.endswith(f"/{DRAFT}")}
         return any(file not in (COMMIT, ALIAS) and file.partition("/")[0] + "/" not in ours for file in found)
 
