@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import time
 from collections import Counter
@@ -87,8 +88,11 @@ def test_ranks_of_a_node_fetch_at_once(bucket_store: BucketStore, tmp_path: Path
     save(bucket_store, NAME, FILES)
     manifest = read_manifest(bucket_store, NAME)
 
+    all_are_here = multiprocessing.get_context("fork").Barrier(4)
+
     def fetch(rank: int) -> None:
         asked = downloads(bucket_store)
+        all_are_here.wait(30)
         folder = bucket_store.fetch(NAME, manifest, FILES)
         assert files_in(folder) == FILES
         (tmp_path / f"rank-{rank}").write_text("\n".join(name for name in asked if name != "COMMIT.json"))
