@@ -5,7 +5,7 @@ The strategies save and restore with it. A tensor that is tied to another is sto
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,28 +49,33 @@ def optimizer_state(module: nn.Module, optimizer: Optimizer, aliases: Mapping[st
 def collect(
     checkpoint: Mapping[str, Any],
     *,
+    names: Iterable[str] = (),
     mesh: Mapping[str, int] | None = None,
     rank: Mapping[str, Any] | None = None,
     write_assets: Callable[[Path], None] | None = None,
 ) -> RunState:
     """What `Trainer.dump_checkpoint` collected, as it is saved.
 
-    A DTensor in the trainer's state, such as a callback's moving average of a parameter, is stored by its parts like a
-    weight, also where only one pipeline stage has it, and comes back whole on every rank.
+    A tensor in the trainer's state that belongs to a weight, such as a callback's moving average of it, is stored like
+    that weight: by its parts, and also where only one pipeline stage has it. It comes back whole, on every rank. It is
+    known by being a DTensor, or by having a weight's name (or the end of one) as its key in a mapping.
 
     Args:
         checkpoint: `state_dict` and `optimizer_states` as made above; everything else is the trainer's.
+        names: Of this rank's weights.
         mesh: Sizes of the parallel axes.
         rank: This rank's own state.
         write_assets: See `RunState`.
     """
     trainer = {name: value for name, value in checkpoint.items() if name not in ("state_dict", "optimizer_states")}
-    sharded: dict[tuple[Any, ...], DTensor] = {}
-    trainer = _without_sharded(trainer, sharded)
+    parts = [name.split(".") for name in names]
+    ends = {".".join(part[start:]) for part in parts for start in range(len(part))}
+    of_weights: dict[tuple[Any, ...], Tensor] = {}
+    trainer = _without_tensors_of_weights(trainer, ends, of_weights)
     found: dict[str, Any] = {f"model.{name}": value for name, value in checkpoint["state_dict"].items()}
     for index, state in enumerate(checkpoint.get("optimizer_states", [])):
         found |= {f"optimizer_{index}.{name}": value for name, value in state.items()}
-    for path, tensor in sharded.items():
+    for path, tensor in of_weights.items():
         name = TRAINER_PART + "".join(f"[{key!r}]" for key in path)
         found |= {name: tensor, f"{name}{PLACE}": list(path)}
     return RunState(
@@ -85,15 +90,22 @@ def collect(
     )
 
 
-def _without_sharded(tree: Any, found: dict[tuple[Any, ...], DTensor], path: tuple[Any, ...] = ()) -> Any:
-    """A tree without the DTensors in its mappings, which `found` gets by the keys that lead to them."""
+def _without_tensors_of_weights(
+    tree: Any, ends: Collection[str], found: dict[tuple[Any, ...], Tensor], path: tuple[Any, ...] = ()
+) -> Any:
+    """A tree without tensors that belong to weights; `found` gets them by the keys that lead to them."""
     if not isinstance(tree, Mapping):
         return tree
-    found |= {(*path, key): value for key, value in tree.items() if isinstance(value, DTensor)}
-    return {
-        key: _without_sharded(value, found, (*path, key))
+    taken = {
+        key: value
         for key, value in tree.items()
-        if not isinstance(value, DTensor)
+        if isinstance(value, DTensor) or (isinstance(value, Tensor) and key in ends)
+    }
+    found |= {(*path, key): value for key, value in taken.items()}
+    return {
+        key: _without_tensors_of_weights(value, ends, found, (*path, key))
+        for key, value in tree.items()
+        if key not in taken
     }
 
 
@@ -146,7 +158,7 @@ def restore(checkpoint: Checkpoint, module: nn.Module, optimizers: list[Optimize
             for name, fresh in state.items()
         }
         set_optimizer_state_dict(module, optimizer, back, options=_FLAT)
-        for parameter in [p for p in optimizer.state if names.get(p) not in with_state]:
+        for parameter in [p for p in optimizer.state if names.get(p, "") not in with_state]:
             del optimizer.state[parameter]  # torch has made it, and counted a step
 
 

@@ -67,8 +67,10 @@ class ShardedState(ProcessGrid):
 
     def run_state(self, checkpoint: dict[str, Any]) -> RunState:
         """What `Trainer.dump_checkpoint` collected and this rank's own state, as a checkpoint holds it."""
+        assert self.lightning_module is not None
         return collect(
             checkpoint,
+            names=[name for name, _ in self.lightning_module.named_parameters(remove_duplicate=False)],
             mesh=self.mesh_sizes(),
             rank={"random": random_state()},
             write_assets=self._write_assets,
@@ -118,16 +120,18 @@ class ShardedState(ProcessGrid):
         with its data coordinate, so that ranks that share samples draw alike; a data coordinate that the saved run had
         not gets a state of its own, derived from that of the first.
         """
-        manifest = checkpoint.manifest
-        if dict(manifest.mesh) == self.mesh_sizes():
-            return checkpoint.rank_state(self.global_rank).get("random")
-        saved = ParallelDims(**manifest.mesh) if manifest.mesh else ParallelDims.resolve(manifest.world_size)
-        data_rank = self.meshes.dims.data_rank(self.global_rank)
-        if data_rank < saved.data_parallel_size:
-            first = data_rank * saved.context_parallel_size * saved.tensor_parallel_size
-            return checkpoint.rank_state(first).get("random")
-        state = checkpoint.rank_state(0).get("random")
-        return derived_state(state, data_rank) if state is not None else None
+        manifest, rank = checkpoint.manifest, self.global_rank
+        data_rank = self.meshes.dims.data_rank(rank)
+        if dict(manifest.mesh) != self.mesh_sizes():
+            saved = ParallelDims(**manifest.mesh) if manifest.mesh else ParallelDims.resolve(manifest.world_size)
+            # Stages and replicas come first in the grid of ranks, so this is the first rank with that coordinate.
+            rank = data_rank * saved.context_parallel_size * saved.tensor_parallel_size
+            if data_rank >= saved.data_parallel_size:
+                rank = manifest.world_size
+        if rank < manifest.world_size:
+            return checkpoint.rank_state(rank).get("random")
+        first = checkpoint.rank_state(0).get("random")
+        return derived_state(first, data_rank) if first is not None else None
 
     def on_train_start(self) -> None:
         """Puts the random generators where they were when the run was saved.

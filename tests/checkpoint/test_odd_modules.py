@@ -102,7 +102,25 @@ class Groups(Odd):
         return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
 
 
-MODULES = {"odd": Odd, "two optimizers": Two, "groups": Groups}
+class Unoptimized(Odd):
+    """Nothing is optimized: statistics are gathered."""
+
+    def configure_optimizers(self) -> None:
+        return None
+
+
+class Smallest(Odd):
+    """One number, of which only one rank has something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Linear(1, 1, bias=False)
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.model(batch["labels"].float().mean().view(1, 1) / VOCAB).square().mean()
+
+
+MODULES = {"odd": Odd, "two optimizers": Two, "groups": Groups, "unoptimized": Unoptimized, "smallest": Smallest}
 
 
 def fit(
@@ -175,3 +193,53 @@ def test_every_kind_is_saved_and_goes_on(
     assert "model.model.mask" not in saved and saved["model.model.empty"].shape == (0, 4)
     moments = {key.split(".", 2)[2].rpartition(".")[0] for key in saved if key.startswith("optimizer") and "exp" in key}
     assert "model.temperature" in moments and not moments & {"model.late", "model.unused", "model.frozen.weight"}
+
+
+def save_before_training(world_size: int, folder: Path, save: bool) -> dict[str, Any]:
+    strategy, recorder = LLM3DStrategy(), Recorder()
+    callbacks = [recorder, SaveAtStart(folder)] if save else [recorder]
+    trainer = make_trainer(
+        strategy, world_size, callbacks=callbacks, limit_val_batches=0, max_steps=3, gradient_clip_val=None
+    )
+    torch.manual_seed(3)
+    module = Odd()
+    rows = TokenRows(4 * world_size, ignore=False)
+    trainer.fit(module, DataLoader(rows, batch_size=4))
+    return {"losses": recorder.losses, "steps": [float(s["step"]) for s in trainer.optimizers[0].state.values()]}
+
+
+class SaveAtStart(pl.Callback):
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        trainer.save_checkpoint(self.folder)
+
+
+def test_a_save_before_the_first_step_changes_nothing(tmp_path: Path) -> None:
+    """torch fills an optimizer's state by a step of its own."""
+    expected = run_distributed(save_before_training, 2, 2, tmp_path / "start", False)
+    assert run_distributed(save_before_training, 2, 2, tmp_path / "start", True) == expected
+    resumed = run_distributed(fit, 2, 2, {}, "odd", 3, tmp_path / "start", None)
+    assert [rank["losses"] for rank in resumed] == [rank["losses"] for rank in expected]
+
+
+def test_without_an_optimizer(tmp_path: Path) -> None:
+    options: dict[str, Any] = {}
+    for rank in run_distributed(story, 2, 2, {}, "unoptimized", tmp_path, options):
+        assert len(rank["whole"]["losses"]) >= LAST and rank["whole"]["rates"] == []
+    saved = content(tmp_path / "saved")
+    assert saved["model.model.steps"] > 0 and not any(name.startswith("optimizer") for name in saved)
+
+
+def test_a_rank_without_any_tensor(tmp_path: Path) -> None:
+    for rank in run_distributed(story, 3, 3, {}, "smallest", tmp_path, {}):
+        assert rank["resumed"]["losses"] == rank["whole"]["losses"][SAVED:]
+    assert equal(content(tmp_path / "saved"), content(tmp_path / "again"))
+
+
+def test_sizes_that_do_not_divide_in_other_numbers_of_ranks(tmp_path: Path) -> None:
+    run_distributed(fit, 3, 3, {}, "odd", SAVED, None, tmp_path / "3")
+    for before, after in ((3, 2), (2, 4)):
+        run_distributed(fit, after, after, {}, "odd", SAVED, tmp_path / str(before), tmp_path / str(after))
+        assert equal(content(tmp_path / str(before)), content(tmp_path / str(after)))
