@@ -1,7 +1,7 @@
 """What is private in torch, or has other names in 2.11 than in 2.13, which warns of the old ones."""
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import _get_fqns
 
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -13,6 +13,6 @@ def own_store() -> dist.Store:
     return dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
 
 
-def parameter_names(module: nn.Module) -> dict[nn.Parameter, str]:
+def parameter_names(module: nn.Module) -> dict[Tensor, str]:
     """Names that parameters have in state dicts, where the names of wrappers are left out."""
     return {parameter: next(iter(_get_fqns(module, name))) for name, parameter in module.named_parameters()}

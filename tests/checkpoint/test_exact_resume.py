@@ -64,7 +64,7 @@ def test_resumed_is_uninterrupted(
     [
         pytest.param(8, Story(sizes=TP2 | PP2), id="pp2 x dp2 x tp2", marks=slow),
         pytest.param(2, Story(sizes=PP2 | {"pipeline_schedule": "ZBVZeroBubble"}, config=TIED), id="both ends on one"),
-        pytest.param(4, Story(sizes=TP2, module={"optimizer": "muon"}), id="dp2 x tp2, Muon"),
+        pytest.param(4, Story(sizes=TP2, module={"optimizer": "muon"}), id="dp2 x tp2, Muon", marks=slow),
         pytest.param(4, Story(sizes=PP4, module=MUON), id="pp4, Muon in bfloat16", marks=slow),
         pytest.param(2, Story(module={"optimizer_state_dtype": "bfloat16"}), id="dp2, AdamW in bfloat16"),
     ],

@@ -138,9 +138,9 @@ def plain_run(corpus: Path, path: Path, config: DecoderConfig, arguments: dict[s
     ("config", "arguments", "tolerance"),
     [
         pytest.param(CONFIG, {}, 1e-5, id="AdamW"),
-        pytest.param(TIED, {}, 1e-5, id="tied"),
+        pytest.param(TIED, {}, 1e-5, id="tied", marks=pytest.mark.slow),
         # Muon multiplies in bfloat16, so layouts differ by more than float32's rounding.
-        pytest.param(CONFIG, {"optimizer": "muon"}, 1e-3, id="Muon"),
+        pytest.param(CONFIG, {"optimizer": "muon"}, 1e-3, id="Muon", marks=pytest.mark.slow),
     ],
 )
 def test_a_plain_run_goes_on_in_three_dimensions(
@@ -344,7 +344,7 @@ def go_on_by_trainer(world_size: int, sizes: dict[str, Any], corpus: Path, check
     return recorder.losses
 
 
-@pytest.mark.parametrize("flat", [True, False], ids=["flat", "groups"])
+@pytest.mark.parametrize("flat", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["flat", "groups"])
 def test_a_loop_of_ones_own_goes_on_in_three_dimensions(tmp_path: Path, corpus: Path, flat: bool) -> None:
     losses = run_distributed(torch_loop, 2, corpus, tmp_path / "dcp", flat)[0]
     CONFIG.save(tmp_path / "model")

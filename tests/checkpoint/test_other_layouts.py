@@ -150,9 +150,8 @@ def assert_goes_on(
     assert samples_of_steps(after) == whole[LOADED:]
 
 
-@pytest.mark.parametrize(
-    ("world_size", "sizes"), [pytest.param(1, ONE, id="1"), pytest.param(2, TP2, id="tp2", marks=slow)]
-)
+@slow
+@pytest.mark.parametrize(("world_size", "sizes"), [pytest.param(1, ONE, id="1"), pytest.param(2, TP2, id="tp2")])
 def test_saved_in_few_processes_and_loaded_in_eight(
     pages: Path, tmp_path: Path, world_size: int, sizes: dict[str, Any]
 ) -> None:
@@ -164,6 +163,7 @@ def test_saved_in_few_processes_and_loaded_in_eight(
     assert_goes_on(before, after, tmp_path / "again")
 
 
+@slow
 def test_other_optimizers(pages: Path, tmp_path: Path) -> None:
     """Saved in pp2 x tp2, loaded in dp2 and tp2. They compute in bfloat16, so rounding grows faster."""
     names = list(OPTIMIZERS)
