@@ -91,15 +91,6 @@ def write_file(path: Path, buffers: Iterable[Buffer], algorithm: str) -> FileRec
     return digester.record()
 
 
-def sync_folder(path: Path) -> None:
-    """Returns when the folder's entries are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def map_file(path: Path) -> mmap.mmap | bytes:
     """A file's content, mapped into memory."""
     with path.open("rb") as file:

@@ -23,8 +23,9 @@ from typing import Any
 
 from typing_extensions import Buffer
 
+from lightning_llm._disk import sync
 from lightning_llm.checkpoint.digest import FileRecord
-from lightning_llm.checkpoint.files import sync_folder, write_file
+from lightning_llm.checkpoint.files import write_file
 from lightning_llm.checkpoint.manifest import MANIFEST, Manifest
 from lightning_llm.checkpoint.owner import is_running, machine
 from lightning_llm.errors import ConfigurationError
@@ -68,7 +69,7 @@ class FolderStore:
             raise FileNotFoundError(f"rank 0 made {location}, which is not there: all nodes must share {self.root}")
         path.parent.mkdir(parents=True, exist_ok=True)
         record = write_file(path, buffers, algorithm)
-        sync_folder(path.parent)
+        sync(path.parent)
         return record
 
     def commit(self, location: str, name: str, manifest: bytes) -> None:
@@ -76,7 +77,7 @@ class FolderStore:
         draft, target = Path(location), self.root / name
         write_file(draft / f"{MANIFEST}.tmp", [manifest], "xxh3_128")
         (draft / f"{MANIFEST}.tmp").rename(draft / MANIFEST)
-        sync_folder(draft)
+        sync(draft)
         with suppress(OSError):
             (self.root / f"{name}.corrupt").unlink()  # the note is on the one before
         if _is_empty(target):
@@ -87,11 +88,11 @@ class FolderStore:
         """Puts a folder or link in the place of what may be there, which is removed."""
         if os.path.lexists(target):
             self._exchange(new, target)
-            sync_folder(self.root)
+            sync(self.root)
             self._throw_away(new)
         else:
             new.rename(target)
-            sync_folder(self.root)
+            sync(self.root)
 
     def _exchange(self, draft: Path, target: Path) -> None:
         """Lets a draft and a checkpoint change places in one step, or where the file system has none, in two."""
@@ -204,7 +205,7 @@ class FolderStore:
     def _throw_away(self, path: Path) -> None:
         trash = self.root / self._owned("trash", path.name.lstrip("."), uuid.uuid4().hex[:8])
         path.rename(trash)
-        sync_folder(self.root)
+        sync(self.root)
         _delete(trash)
 
     def alias(self, name: str, target: str) -> None:

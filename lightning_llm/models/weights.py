@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lightning_llm._disk import sync
 from lightning_llm.errors import ConfigurationError
 
 Box = tuple[slice, ...]
@@ -292,7 +293,7 @@ def _write_shards(tensors: Iterable[tuple[str, Tensor]], staging: Path, limit: i
     def flush() -> None:
         path = staging / str(len(shards))
         save_file(shard, path, metadata={"format": "pt"})
-        _sync(path)
+        sync(path)
         shards.append(list(shard))
         shard.clear()
 
@@ -324,11 +325,6 @@ def _publish(shards: list[list[str]], total: int, staging: Path, target: Path) -
         index = staging / INDEX_FILE
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
         index.write_text(text + "\n", encoding="utf-8")
-        _sync(index)
+        sync(index)
         os.replace(index, target / INDEX_FILE)
     return [target / file for file in files]
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

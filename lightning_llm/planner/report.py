@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import yaml
 from rich.console import Console
@@ -77,41 +78,44 @@ def _traffic_table(plan: Plan) -> Table:
     return table
 
 
-def _time_table(plan: Plan) -> Table:
-    result = plan.estimate
-    table = Table(title="\ntime of a step", title_justify="left", box=None, pad_edge=False, show_header=False)
+def _figures(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+    table = Table(title=f"\n{title}", title_justify="left", box=None, pad_edge=False, show_header=False)
     table.add_column("what")
     table.add_column("figure", justify="right")
-    for what, figure in (
-        ("compute, and communication that it waits for", f"{result.pipeline_seconds * (1 - result.bubble):.3f} s"),
-        ("idle in the pipeline", f"{result.pipeline_seconds * result.bubble:.3f} s ({result.bubble:.1%})"),
-        ("parameters and gradients, not hidden", f"{result.exposed_seconds:.3f} s"),
-        ("optimizer", f"{result.optimizer_seconds:.3f} s"),
-        ("step", f"{result.step_seconds:.3f} s"),
-        ("tokens per second and device", f"{result.tokens_per_second_per_device:,.0f}"),
-        ("MFU", f"{result.mfu:.1%}"),
-    ):
+    for what, figure in rows:
         table.add_row(what, figure)
     return table
+
+
+def _time_table(plan: Plan) -> Table:
+    result = plan.estimate
+    return _figures(
+        "time of a step",
+        (
+            ("compute, and communication that it waits for", f"{result.pipeline_seconds * (1 - result.bubble):.3f} s"),
+            ("idle in the pipeline", f"{result.pipeline_seconds * result.bubble:.3f} s ({result.bubble:.1%})"),
+            ("parameters and gradients, not hidden", f"{result.exposed_seconds:.3f} s"),
+            ("optimizer", f"{result.optimizer_seconds:.3f} s"),
+            ("step", f"{result.step_seconds:.3f} s"),
+            ("tokens per second and device", f"{result.tokens_per_second_per_device:,.0f}"),
+            ("MFU", f"{result.mfu:.1%}"),
+        ),
+    )
 
 
 def _saving_table(plan: Plan) -> Table:
     saving = plan.saving
-    table = Table(
-        title="\ncheckpoints in the background", title_justify="left", box=None, pad_edge=False, show_header=False
+    return _figures(
+        "checkpoints in the background",
+        (
+            ("a device writes", f"{saving.bytes_per_device / GIB:.2f} GiB"),
+            ("training stands still", f"{saving.blocked:.2f} s"),
+            ("written", f"{saving.written:.0f} s later"),
+            ("a failure", f"every {saving.mtbf / 3600:.1f} h"),
+            ("best interval (Young, Daly)", f"{saving.interval:.0f} s, every_n_train_steps={plan.steps_between_saves}"),
+            ("lost to saves and failures", f"{saving.lost:.1%}"),
+        ),
     )
-    table.add_column("what")
-    table.add_column("figure", justify="right")
-    for what, figure in (
-        ("a device writes", f"{saving.bytes_per_device / GIB:.2f} GiB"),
-        ("training stands still", f"{saving.blocked:.2f} s"),
-        ("written", f"{saving.written:.0f} s later"),
-        ("a failure", f"every {saving.mtbf / 3600:.1f} h"),
-        ("best interval (Young, Daly)", f"{saving.interval:.0f} s, every_n_train_steps={plan.steps_between_saves}"),
-        ("lost to saves and failures", f"{saving.lost:.1%}"),
-    ):
-        table.add_row(what, figure)
-    return table
 
 
 def _runner_up_table(plan: Plan) -> Table:

@@ -21,9 +21,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lightning_llm._disk import sync
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.registry.base import Lineage, ModelRegistry, ModelVersion
-from lightning_llm.registry.content import FileRecord, describe, digest_of, list_files, sync_file
+from lightning_llm.registry.content import FileRecord, describe, digest_of, list_files
 from lightning_llm.registry.index import INDEX, Index
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ class BucketRegistry(ModelRegistry):
         key = f"{version.location.removeprefix(f's3://{self.bucket}/')}/{file.path}"
         with _explained(self.url, missing=True):
             self._client.download_file(self.bucket, key, str(folder / file.path))
-        sync_file(folder / file.path)
+        sync(folder / file.path)
         return describe(folder, file.path)
 
     def _located(self, version: ModelVersion) -> ModelVersion:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import xxhash
 
+from lightning_llm._disk import sync
 from lightning_llm.errors import ConfigurationError
 
 ALGORITHM = "xxh3_128"
@@ -86,12 +87,6 @@ def copy(source: Path, target: Path, path: str) -> FileRecord:
     return FileRecord(path, size, f"{ALGORITHM}:{hasher.hexdigest()}")
 
 
-def sync_file(path: Path) -> None:
-    """Makes the content of a file durable."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 def digest_of(files: Iterable[FileRecord]) -> str:
     """One digest for all: over path, size and digest of each, in the order of paths."""
     hasher = xxhash.xxh3_128()
@@ -131,18 +126,9 @@ def staging(parent: Path) -> Iterator[Path]:
 def publish(folder: Path, target: Path) -> None:
     """Makes a staged folder durable, then visible as `target` at once, which must be missing or empty."""
     for parent, _, _ in os.walk(folder):
-        sync_folder(Path(parent))
+        sync(Path(parent))
     folder.rename(target)
-    sync_folder(target.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(target.parent)
 
 
 def _claim(area: Path) -> tuple[Path, int]:

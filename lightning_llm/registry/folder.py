@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from lightning_llm._disk import sync
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.registry.base import Lineage, ModelRegistry, ModelVersion
-from lightning_llm.registry.content import FileRecord, copy, digest_of, list_files, publish, staging, sync_folder
+from lightning_llm.registry.content import FileRecord, copy, digest_of, list_files, publish, staging
 from lightning_llm.registry.index import INDEX, Index
 
 BUSY_TIMEOUT = 60.0  # seconds that a writer waits for others
@@ -85,7 +86,7 @@ class FolderRegistry(ModelRegistry):
             shutil.rmtree(place)
         place.parent.mkdir(exist_ok=True)
         publish(folder, place)
-        sync_folder(self.root)
+        sync(self.root)
 
     def _refuse_other_case(self, index: Index, name: str) -> None:
         """Some file systems take Demo/1 and demo/1 for the same folder."""

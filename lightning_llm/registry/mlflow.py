@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_llm._disk import sync
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.registry.base import (
     Lineage,
@@ -24,7 +25,7 @@ from lightning_llm.registry.base import (
     encode_metrics,
     find_same,
 )
-from lightning_llm.registry.content import FileRecord, VerificationError, describe, digest_of, list_files, sync_file
+from lightning_llm.registry.content import FileRecord, VerificationError, describe, digest_of, list_files
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -124,7 +125,7 @@ class MLflowRegistry(ModelRegistry):
     def _fetch(self, version: ModelVersion, file: FileRecord, folder: Path) -> FileRecord:
         place = folder / file.path
         self._download(self._run_of(version), f"{_MODEL}/{file.path}", place.parent)
-        sync_file(place)
+        sync(place)
         return describe(folder, file.path)
 
     def _versions(self, model: Any) -> list[ModelVersion]:

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from lightning_llm._disk import sync
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.registry.base import (
     LATEST,
@@ -25,7 +26,7 @@ from lightning_llm.registry.base import (
     find_same,
     with_aliases,
 )
-from lightning_llm.registry.content import FileRecord, VerificationError, describe, digest_of, list_files, sync_file
+from lightning_llm.registry.content import FileRecord, VerificationError, describe, digest_of, list_files
 
 TYPE = "model"
 RECORD = "lightning-llm.json"
@@ -105,7 +106,7 @@ class WandbRegistry(ModelRegistry):
             raise FileNotFoundError(file.path)
         with self._explained():
             artifact.get_entry(file.path).download(root=str(folder))
-        sync_file(folder / file.path)
+        sync(folder / file.path)
         return describe(folder, file.path)
 
     def _artifact_of(self, version: ModelVersion, source: Path, files: list[FileRecord]) -> Any:

@@ -30,6 +30,7 @@ from lightning_llm.checkpoint.store import open_store
 from lightning_llm.checkpoint.verify import verify
 from lightning_llm.errors import CheckpointError, ConfigurationError, NoGoodCheckpointError
 from lightning_llm.registry import open_registry
+from tests import disks
 from tests.checkpoint.damage import flip_bit
 from tests.distributed import run_distributed
 from tests.object_storage import ObjectStorage
@@ -337,14 +338,9 @@ def test_a_writer_that_hangs_is_replaced(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1.5 MB: room for two checkpoints of this model, not for three."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1536k", "tmpfs", folder], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    """Room for two checkpoints of this model, not for three."""
+    with disks.small_disk(tmp_path / "disk", kilobytes=1536) as folder:
+        yield folder
 
 
 def remount(folder: Path, how: str) -> None:

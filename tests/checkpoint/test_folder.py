@@ -15,6 +15,7 @@ from lightning_llm.checkpoint import folder as folder_module
 from lightning_llm.checkpoint.folder import STALE, FolderStore
 from lightning_llm.checkpoint.owner import is_running, machine
 from lightning_llm.checkpoint.verify import verify
+from tests import disks
 from tests.checkpoint.stores import everything, in_process, load, manifest_of, save
 
 NAME = "step=1.ckpt"
@@ -28,14 +29,8 @@ def store(tmp_path: Path) -> FolderStore:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", path], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"no file system can be mounted here: {made.stderr.strip()}")
-    yield path
-    subprocess.run(["umount", path], check=True)
+    with disks.small_disk(tmp_path / "disk", kilobytes=1024) as folder:
+        yield folder
 
 
 def test_a_full_disk(small_disk: Path) -> None:
