@@ -70,7 +70,7 @@ def test_version_comes_from_the_program_or_says_that_it_does_not_tell(tmp_path: 
 
 
 def test_optional_parts_have_a_version_or_a_way_to_get_them(findings: list[Finding]) -> None:
-    for name in ("litdata", "wandb", "transformers", "deepspeed", "torchao", "litserve"):
+    for name in ("litdata", "wandb", "boto3", "mlflow", "transformers", "deepspeed", "torchao", "litserve"):
         finding = by_name(findings, name)
         assert finding.needed_for
         try:
