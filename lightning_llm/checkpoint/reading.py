@@ -20,12 +20,12 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.tensor import DTensor
 
+from lightning_llm.checkpoint.committing import INDEX, TRAINER, TRAINER_TENSORS
 from lightning_llm.checkpoint.encoding import decode
 from lightning_llm.checkpoint.files import TensorEntry, map_file, read_header
 from lightning_llm.checkpoint.lazy import Box, LazyTensor, assemble
 from lightning_llm.checkpoint.manifest import Manifest
 from lightning_llm.checkpoint.planning import DTYPES, Block, local_part, rank_file
-from lightning_llm.checkpoint.saver import INDEX, TRAINER, TRAINER_TENSORS
 from lightning_llm.checkpoint.selection import Selected, select
 
 TRAINER_PART = "trainer"  # what names of tensors begin with that are parts of the trainer's state

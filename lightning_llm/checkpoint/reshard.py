@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lightning_llm.checkpoint.committing import INDEX, TRAINER, TRAINER_TENSORS
 from lightning_llm.checkpoint.manifest import Manifest
 from lightning_llm.checkpoint.planning import rank_file
 from lightning_llm.checkpoint.reading import Checkpoint
-from lightning_llm.checkpoint.saver import INDEX, TRAINER, TRAINER_TENSORS
 from lightning_llm.checkpoint.writing import Content, write_checkpoint
 
 

@@ -14,35 +14,30 @@ import logging
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import lightning
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lightning_llm._torch import own_store
-from lightning_llm._version import __version__
-from lightning_llm.checkpoint.digest import FileRecord
+from lightning_llm.checkpoint.committing import (
+    INDEX,
+    TRAINER_TENSORS,
+    FileWriter,
+    FinalError,
+    SaveJob,
+    commit_together,
+)
 from lightning_llm.checkpoint.encoding import encode
-from lightning_llm.checkpoint.manifest import Manifest, secret
-from lightning_llm.checkpoint.planning import SavePlan, form_of, local_part, make_plan, rank_file, size_of
+from lightning_llm.checkpoint.planning import SavePlan, form_of, local_part, make_plan
 from lightning_llm.checkpoint.rendezvous import Rendezvous
 from lightning_llm.checkpoint.staging import StagingBuffer, stream
-from lightning_llm.checkpoint.store import CheckpointStore, open_store, split_url
 from lightning_llm.checkpoint.worker import Verify, Worker, write_and_check
 from lightning_llm.errors import CheckpointError, ConfigurationError
-
-INDEX = "index.json"
-TRAINER = "trainer.json"
-TRAINER_TENSORS = "trainer.safetensors"
-
-LATENESS = 30.0  # seconds that ranks may be apart, on top of the time that one has to write its file
 
 log = logging.getLogger(__name__)
 
@@ -95,30 +90,6 @@ class Outcome:
     written: float
 
 
-class FileWriter(Protocol):
-    """Writes this rank's file into a draft, as often as it is asked to."""
-
-    def __call__(self, store: CheckpointStore, location: str, file: str) -> FileRecord:
-        """See `write_and_check`."""
-        ...
-
-
-@dataclass
-class _Job:
-    """A save after its snapshot."""
-
-    state_step: int
-    path: str
-    plan: SavePlan
-    number: int
-    write: FileWriter
-    values: Any
-    small_files: dict[str, bytes]
-    manifest: Callable[[Mapping[str, FileRecord]], Manifest]
-    blocked: float
-    started: float
-
-
 class CheckpointSaver:
     """Saves checkpoints, one at a time. Every rank has one and calls it as the others do.
 
@@ -130,6 +101,9 @@ class CheckpointSaver:
         retries: Attempts after the first one.
         backoff: Seconds before the second attempt; doubled for each further one.
         timeout: Seconds for writing one file, and for waiting for the other ranks.
+
+    Raises:
+        ConfigurationError: A number is out of its range.
     """
 
     def __init__(
@@ -143,6 +117,9 @@ class CheckpointSaver:
         backoff: float = 1.0,
         timeout: float = 1800.0,
     ) -> None:
+        for name, number, least in (("retries", retries, 0), ("backoff", backoff, 0), ("timeout", timeout, 0.1)):
+            if number < least:
+                raise ConfigurationError(f"{name}={number} must be at least {least}.")
         several = dist.is_available() and dist.is_initialized() and not alone
         self.rank = dist.get_rank() if several else 0
         self.world_size = dist.get_world_size() if several else 1
@@ -153,6 +130,7 @@ class CheckpointSaver:
         self._timeout = timeout
         self._store: dist.Store | None = own_store() if self.world_size > 1 else None
         self._number = 0
+        self._talks: list[Rendezvous] = []
         self._form: int | None = None
         self._plan: SavePlan | None = None
         self._index = b""
@@ -185,19 +163,23 @@ class CheckpointSaver:
             What became of it; None in the background, see `wait` and `finished`.
 
         Raises:
-            CheckpointError: It could not be saved; not raised in the background.
+            CheckpointError: It could not be saved; not raised in the background. `finished` tells it too.
             ConfigurationError: There is something in the state that no checkpoint can hold.
         """
         self.wait()
         started = time.monotonic()
-        job = self._snapshot(state, str(path), started)
+        job = self._snapshot(state, str(path))
+        blocked = time.monotonic() - started
+        self._number += 1
+        for talk in self._talks:  # all ranks have ended theirs, since all have come here
+            talk.forget()
+        self._talks.clear()
         if self._buffer is not None:
-            job.blocked = time.monotonic() - started
-            self._thread = threading.Thread(target=self._run, args=(job,), name="checkpoint-saver", daemon=True)
+            self._thread = threading.Thread(target=self._run, args=(job, blocked), name="checkpoint-saver", daemon=True)
             self._thread.start()
             return None
-        self._run(job)
-        outcome = self.finished()
+        self._run(job, blocked)
+        outcome = self._outcome
         assert outcome is not None
         if outcome.error is not None:
             raise CheckpointError(f"The checkpoint {outcome.path} could not be saved: {outcome.error}")
@@ -225,26 +207,32 @@ class CheckpointSaver:
 
     # -- the snapshot --
 
-    def _snapshot(self, state: RunState, path: str, started: float) -> _Job:
+    def _snapshot(self, state: RunState, path: str) -> SaveJob:
         plan = self._plan_for(state)
         tensors = {block.key: local_part(state.tensors[block.tensor]) for block in plan.blocks}
         metadata = {"rank": json.dumps(encode(state.rank, tensors, "rank"))}
-        values: dict[str, Tensor] = {}
-        encoded = {name: encode(state.values[name], values, name) for name in plan.values}
-        if values:
-            raise ConfigurationError(f"The optimizer has tensors among its settings, for example {next(iter(values))}.")
-        self._number += 1
-        return _Job(
-            state_step=state.step,
+        in_values: dict[str, Tensor] = {}
+        values = {name: encode(state.values[name], in_values, name) for name in plan.values}
+        if in_values:
+            raise ConfigurationError(f"The optimizer has tensors among its settings: {next(iter(in_values))}.")
+        trainer: Any = None
+        files: dict[str, bytes] = {}
+        if self.rank == 0:
+            of_trainer: dict[str, Tensor] = {}
+            trainer = encode(state.trainer, of_trainer, "trainer")
+            files = {**self._read_assets(state), INDEX: self._index}
+            if of_trainer:
+                files[TRAINER_TENSORS] = b"".join(stream(of_trainer, {}))
+        return SaveJob(
             path=path,
+            step=state.step,
             plan=plan,
-            number=self._number,
             write=self._file_writer(tensors, metadata),
-            values=encoded,
-            small_files=self._small_files(state) if self.rank == 0 else {},
-            manifest=self._manifest_for(state),
-            blocked=0.0,
-            started=started,
+            values=values,
+            trainer=trainer,
+            small_files=files,
+            mesh=dict(state.mesh),
+            weights_only=state.weights_only,
         )
 
     def _plan_for(self, state: RunState) -> SavePlan:
@@ -260,160 +248,51 @@ class CheckpointSaver:
         return self._plan
 
     def _file_writer(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> FileWriter:
-        algorithm, verify = digest_algorithm(), self._verify
+        verify = self._verify
         if self._buffer is None or self._worker is None:
-            return lambda store, location, file: write_and_check(
+            return lambda store, location, file, algorithm: write_and_check(
                 store, location, file, stream(tensors, metadata), algorithm, verify
             )
         self._buffer.stage(tensors, metadata)
         worker, size = self._worker, self._buffer.size
-        return lambda store, location, file: worker.write(store, location, file, size, algorithm, verify)
+        return lambda store, location, file, algorithm: worker.write(store, location, file, size, algorithm, verify)
 
-    def _small_files(self, state: RunState) -> dict[str, bytes]:
-        """What rank 0 writes beside the ranks' files."""
-        tensors: dict[str, Tensor] = {}
-        trainer = encode(state.trainer, tensors, "trainer")
+    def _read_assets(self, state: RunState) -> dict[str, bytes]:
+        """What makes the weights usable; it does not change while a run goes on."""
         if self._assets is None:
-            self._assets = _assets(state.write_assets)
-        files = {**self._assets, INDEX: self._index, TRAINER: json.dumps(trainer).encode()}
-        if tensors:
-            files[TRAINER_TENSORS] = b"".join(stream(tensors, {}))
-        return files
-
-    def _manifest_for(self, state: RunState) -> Callable[[Mapping[str, FileRecord]], Manifest]:
-        step, mesh, weights_only, world_size = state.step, dict(state.mesh), state.weights_only, self.world_size
-        return lambda files: Manifest(
-            uuid=uuid.uuid4().hex,
-            step=step,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            world_size=world_size,
-            files=files,
-            mesh=mesh,
-            versions=versions(),
-            weights_only=weights_only,
-            algorithm=digest_algorithm(),
-        )
+            self._assets = {}
+            if state.write_assets is not None:
+                with tempfile.TemporaryDirectory() as name:
+                    folder = Path(name)
+                    state.write_assets(folder)
+                    found = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+                    self._assets = {str(path.relative_to(folder)): path.read_bytes() for path in found}
+        return self._assets
 
     # -- the rest, on any thread --
 
-    def _run(self, job: _Job) -> None:
-        error: str | None = None
+    def _run(self, job: SaveJob, blocked: float) -> None:
+        began = time.monotonic()
+        error: str | None = "no attempt was made"
         size = attempt = 0
         for attempt in range(self._retries + 1):
             if attempt:
                 time.sleep(self._backoff * 2 ** (attempt - 1))
+            topic = f"lightning_llm/checkpoint/{job.plan.uuid}/{self._number}/{attempt}"
+            talk = Rendezvous(topic, self.rank, self.world_size, self._timeout, self._store)
+            self._talks.append(talk)
             try:
-                size = self._attempt(job, attempt)
+                size = commit_together(job, talk, self._verify)
                 error = None
                 break
             except (CheckpointError, OSError) as caught:
                 error = str(caught)
                 log.warning("Attempt %d to save %s failed: %s", attempt + 1, job.path, error)
-            except Exception as caught:  # of the thread's own making: told, not swallowed with the thread
+                if isinstance(caught, FinalError):
+                    break
+            except Exception as caught:  # it must not vanish with the thread
                 error = f"{type(caught).__name__}: {caught}"
                 log.exception("Saving %s failed", job.path)
                 break
-        written = time.monotonic() - job.started - job.blocked
-        self._outcome = Outcome(job.path, job.state_step, error, attempt + 1, size, job.blocked, written)
-
-    def _attempt(self, job: _Job, attempt: int) -> int:
-        """From draft to commit; returns the checkpoint's bytes."""
-        topic = f"lightning_llm/checkpoint/{job.plan.uuid}/{job.number}/{attempt}"
-        talk = Rendezvous(topic, self.rank, self.world_size, self._timeout + LATENESS, self._store)
-        url, name = split_url(job.path)
-        store = open_store(url)
-        begun = _told(lambda: store.create(name, uuid.uuid4().hex[:12])) if self.rank == 0 else None
-        location = _checked(talk.announce("draft", begun))
-        report = _told(lambda: self._write(job, store, location))
-        if self.rank != 0:
-            talk.report("written", report)
-            return _checked(talk.announce("outcome"))
-        outcome = _told(lambda: self._commit(job, store, location, name, talk.report("written", report)))
-        if "error" in outcome:
-            store.discard(location)
-        return _checked(talk.announce("outcome", outcome))
-
-    def _write(self, job: _Job, store: CheckpointStore, location: str) -> dict[str, Any]:
-        file = rank_file(self.rank)
-        try:
-            record = job.write(store, location, file)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"rank {self.rank} could not write {file}: {error}") from error
-        return {"plan": job.plan.uuid, "values": job.values, "file": [record.size, record.digest, record.chunks]}
-
-    def _commit(
-        self, job: _Job, store: CheckpointStore, location: str, name: str, reports: list[dict[str, Any]]
-    ) -> int:
-        """Rank 0's end of a save."""
-        written = [_checked(report) for report in reports]
-        files = {rank_file(rank): FileRecord(*_record(report["file"])) for rank, report in enumerate(written)}
-        _check_complete(job.plan, written, files)
-        values = {name: value for report in written for name, value in report["values"].items()}
-        small = dict(job.small_files)
-        small[TRAINER] = json.dumps({"state": json.loads(small[TRAINER]), "values": values}).encode()
-        for file, content in small.items():
-            files[file] = write_and_check(store, location, file, [content], digest_algorithm(), self._verify)
-        manifest = job.manifest(files)
-        store.commit(location, name, manifest.to_bytes(secret()))
-        return manifest.size
-
-
-def versions() -> dict[str, str]:
-    """Of what a checkpoint was made with."""
-    return {
-        "lightning_llm": __version__,
-        "lightning": lightning.__version__,
-        "torch": torch.__version__,
-    }
-
-
-def digest_algorithm() -> str:
-    """Against accidents; with a key for manifests one that also stands against people."""
-    return "sha256" if secret() else "xxh3_128"
-
-
-def _assets(write_assets: Callable[[Path], None] | None) -> dict[str, bytes]:
-    if write_assets is None:
-        return {}
-    with tempfile.TemporaryDirectory() as folder:
-        write_assets(Path(folder))
-        return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
-
-
-def _told(act: Callable[[], Any]) -> dict[str, Any]:
-    """A result or an error as a message to other ranks."""
-    try:
-        return {"result": act()}
-    except (CheckpointError, ConfigurationError, OSError) as error:
-        return {"error": str(error)}
-    except Exception as error:
-        log.exception("A checkpoint could not be saved")
-        return {"error": f"{type(error).__name__}: {error}"}
-
-
-def _checked(message: Mapping[str, Any]) -> Any:
-    """The result in a message; raises its error."""
-    if "error" in message:
-        raise CheckpointError(message["error"])
-    return message["result"]
-
-
-def _record(stored: list[Any]) -> tuple[int, str, tuple[str, ...]]:
-    size, digest, chunks = stored
-    return size, digest, tuple(chunks)
-
-
-def _check_complete(plan: SavePlan, reports: list[Mapping[str, Any]], files: Mapping[str, FileRecord]) -> None:
-    """Refuses a draft in which something of the plan is missing."""
-    strangers = [rank for rank, report in enumerate(reports) if report["plan"] != plan.uuid]
-    if strangers:
-        raise CheckpointError(f"ranks {strangers} saved by another plan than rank 0")
-    assert plan.index is not None
-    needed = [0] * len(reports)
-    for entry in plan.index.values():
-        for rank, _, shape in entry["blocks"]:
-            needed[rank] += size_of(shape, entry["dtype"])
-    for rank, size in enumerate(needed):
-        file = rank_file(rank)
-        if files[file].size < size:
-            raise CheckpointError(f"{file} has {files[file].size} bytes, less than the {size} of its tensors")
+        written = time.monotonic() - began
+        self._outcome = Outcome(job.path, job.step, error, attempt + 1, size, blocked, written)

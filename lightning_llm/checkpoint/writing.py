@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Buffer
 
+from lightning_llm.checkpoint.committing import INDEX, TRAINER, TRAINER_TENSORS, digest_algorithm, versions
 from lightning_llm.checkpoint.encoding import encode
 from lightning_llm.checkpoint.files import make_header
 from lightning_llm.checkpoint.lazy import Box, LazyTensor, consecutive_boxes, whole
 from lightning_llm.checkpoint.manifest import Manifest, secret
 from lightning_llm.checkpoint.planning import DTYPE_NAMES, Block, rank_file
-from lightning_llm.checkpoint.saver import INDEX, TRAINER, TRAINER_TENSORS, digest_algorithm, versions
 from lightning_llm.checkpoint.staging import bytes_of, layout, stream
 from lightning_llm.checkpoint.store import CheckpointStore, open_store, split_url
 from lightning_llm.checkpoint.worker import write_and_check
