@@ -10,24 +10,28 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_llm.callbacks._lightning import checkpoint_folder, dump_checkpoint
 from lightning_llm.callbacks.bucket_files import register_bucket_files
+from lightning_llm.callbacks.housekeeping import Housekeeping, PendingSave, attempt, place_of
 from lightning_llm.callbacks.registration import register_checkpoint
 from lightning_llm.checkpoint.plugin import VerifiedCheckpointIO, collect_whole
 from lightning_llm.checkpoint.saver import CheckpointSaver, Outcome
-from lightning_llm.checkpoint.store import CheckpointStore, open_store, split_url
+from lightning_llm.checkpoint.selection import newest_step
+from lightning_llm.checkpoint.store import open_store, split_url
 from lightning_llm.checkpoint.worker import Verify
-from lightning_llm.errors import CheckpointError, ConfigurationError, NoGoodCheckpointError
+from lightning_llm.errors import CheckpointError, ConfigurationError
 from lightning_llm.planner.saving import best_interval, mtbf
 from lightning_llm.strategies.state import ShardedState
 
@@ -109,6 +113,8 @@ class AsyncDistributedCheckpoint(ModelCheckpoint):
         _check_choice("verify", verify, ("full", "sample", "none"))
         _check_choice("when_busy", when_busy, ("wait", "skip"))
         _check_choice("on_failure", on_failure, ("retry", "warn", "raise"))
+        if max_failures < 1:
+            raise ConfigurationError(f"max_failures={max_failures} must be at least 1.")
         if dirpath is not None and str(dirpath).startswith("s3://"):
             register_bucket_files()
         super().__init__(dirpath, **kwargs)
@@ -132,35 +138,46 @@ class AsyncDistributedCheckpoint(ModelCheckpoint):
             "background": background,
         }
         self._saver: CheckpointSaver | None = None
-        self._before: dict[str, Any] = {}  # the decisions as they were before the save that is in flight
-        self._ended: Outcome | None = None  # told here, but not yet agreed on by all ranks
-        self._afterwards: list[Callable[[CheckpointStore], None]] = []
-        self._housekeeping: ThreadPoolExecutor | None = None
+        self._housekeeping = Housekeeping()
+        self._due: tuple[float, dict[str, Any]] | None = None  # when a save was due, and the decisions before it
+        self._in_flight: PendingSave | None = None
+        self._kept: list[str] = []  # that runs were resumed from, and that are not needed for anything else
         self._started = (0.0, 0)
+        self._skipped_at = -1
         self._advised = False
 
     # -- when to save: ModelCheckpoint's hooks, with a look at what became of the last save --
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        strategy = trainer.strategy
+        if isinstance(strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
+            raise ConfigurationError(
+                f"AsyncDistributedCheckpoint does not know how {type(strategy).__name__} shards. Use strategy='llm3d', "
+                "or Lightning's ModelCheckpoint."
+            )
         super().setup(trainer, pl_module, stage)
-        if not isinstance(trainer.strategy, ShardedState) and not isinstance(
-            trainer.strategy.checkpoint_io, VerifiedCheckpointIO
-        ):
-            trainer.strategy.checkpoint_io = VerifiedCheckpointIO()
+        if not isinstance(strategy, ShardedState) and not isinstance(strategy.checkpoint_io, VerifiedCheckpointIO):
+            strategy.checkpoint_io = VerifiedCheckpointIO()
         if stage == "fit" and trainer.is_global_zero:
-            open_store(str(self.dirpath)).sweep()
+            attempt(open_store(str(self.dirpath)).sweep)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._started = (time.monotonic(), trainer.global_step)
+        restored = self._restored_from(trainer)
+        if restored is not None and split_url(restored)[0] == str(self.dirpath) and restored not in self._kept:
+            self._kept.append(restored)
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._look(trainer)
+        if self._in_flight is not None:
+            busy = self._saver is not None and self._saver.busy
+            if not trainer.strategy.reduce_boolean_decision(busy, all=False):
+                self._settle(trainer)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @override
@@ -170,22 +187,45 @@ class AsyncDistributedCheckpoint(ModelCheckpoint):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Lets what is being written come to its end: the other ranks still have the threads that this needs."""
+        before = self._in_flight
         super().on_exception(trainer, pl_module, exception)
-        if self._saver is not None:
-            self._saver.wait(FAREWELL)  # the other ranks still have the threads that it needs
+        if self._saver is None:
+            return
+        self._saver.wait(FAREWELL if self._in_flight is before else None)
+        flight, outcome = self._in_flight, self._saver.finished()
+        if flight is not None and outcome is not None and trainer.is_global_zero:
+            if outcome.error is None:
+                attempt(flight.tidy)
+            else:
+                log.warning("The checkpoint %s could not be saved: %s", outcome.path, outcome.error)
+        self._in_flight = None
+        if not self._saver.busy:
+            self._close()
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             self._settle(trainer)
-            if self._saver is not None:
-                self._saver.close()
-                self._saver = None
-            if self._housekeeping is not None:
-                self._housekeeping.shutdown()
-                self._housekeeping = None
+            self._close()
             trainer.strategy.barrier("AsyncDistributedCheckpoint.teardown")  # all ranks find the folder as it stays
         super().teardown(trainer, pl_module, stage)
+
+    def _close(self) -> None:
+        if self._saver is not None:
+            self._saver.close()
+            self._saver = None
+        self._housekeeping.finish()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "kept": list(self._kept)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if self.dirpath == state_dict.get("dirpath", self.dirpath):
+            self._kept = list(state_dict.get("kept", []))
 
     @override
     def _save_topk_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
@@ -195,99 +235,139 @@ class AsyncDistributedCheckpoint(ModelCheckpoint):
     @override
     def _save_last_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         """`last` is another name of what was just saved; only where nothing was, a checkpoint of its own."""
-        saved_now = self._last_checkpoint_saved and self._last_global_step_saved == trainer.global_step
         if not self.save_last:
             return
-        if saved_now or self.save_last == "link":
-            if self._last_checkpoint_saved:
-                self.last_model_path = self.format_checkpoint_name(monitor_candidates, self.CHECKPOINT_NAME_LAST)
-                name, target = split_url(self.last_model_path)[1], split_url(self._last_checkpoint_saved)[1]
-                self._afterwards.append(lambda store: store.alias(name, target))
-        elif self._may_save(trainer):
-            super()._save_last_checkpoint(trainer, monitor_candidates)
+        saved_now = self._last_global_step_saved == trainer.global_step
+        links = self.save_last == "link" and self.save_top_k != 0
+        if not self._last_checkpoint_saved or not (saved_now or links):
+            if self._may_save(trainer):
+                super()._save_last_checkpoint(trainer, monitor_candidates)
+            return
+        if self._in_flight is None:  # nothing new to name
+            return
+        previous, self.last_model_path = self.last_model_path, self._free_name_for_last(trainer, monitor_candidates)
+        self._in_flight.aliases.append(self.last_model_path)
+        if previous and self._should_remove_checkpoint(trainer, previous, self.last_model_path):
+            self._remove_checkpoint(trainer, previous)
+
+    def _free_name_for_last(self, trainer: pl.Trainer, candidates: dict[str, Tensor]) -> str:
+        path = self.format_checkpoint_name(candidates, self.CHECKPOINT_NAME_LAST)
+        # The state of a run's first checkpoint does not know its alias yet: a resumed run goes on with what it finds.
+        ours = self.last_model_path or (path if trainer.ckpt_path is not None else "")
+        version = self.STARTING_VERSION
+        while self._enable_version_counter and path != ours and self.file_exists(path, trainer):
+            path = self.format_checkpoint_name(candidates, self.CHECKPOINT_NAME_LAST, ver=version)
+            version += 1
+        return path
 
     def _may_save(self, trainer: pl.Trainer) -> bool:
         """Whether a save that is due now is made; then the one before has come to its end."""
+        due = time.monotonic()
         busy = self._saver is not None and self._saver.busy
         if self.when_busy == "skip" and trainer.strategy.reduce_boolean_decision(busy, all=False):
-            self.skipped += 1
-            rank_zero_warn(
-                f"The checkpoint of step {trainer.global_step} is skipped, since the one before is still being written "
-                f"({self.skipped} skipped until now). Save less often, or set when_busy='wait'."
-            )
+            if self._skipped_at != trainer.global_step:
+                self._skipped_at = trainer.global_step
+                self.skipped += 1
+                rank_zero_warn(
+                    f"The checkpoint of step {trainer.global_step} is skipped, since the one before is still being "
+                    f"written ({self.skipped} skipped until now). Save less often, or set when_busy='wait'."
+                )
             return False
         self._settle(trainer)
-        self._before = {name: getattr(self, name) for name in _DECISIONS if hasattr(self, name)}
-        self._before["best_k_models"] = dict(self.best_k_models)
+        before = {name: getattr(self, name) for name in _DECISIONS if hasattr(self, name)}
+        self._due = (due, {**before, "best_k_models": dict(self.best_k_models)})
         return True
 
     # -- saving --
 
     @override
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
-        checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
+        self._settle(trainer)
+        due, decisions = self._due or (time.monotonic(), {})
+        flight = self._in_flight = PendingSave(filepath, decisions, _numbers(trainer), due)
+        self._due = None
+        checkpoint = dump_checkpoint(trainer, self.save_weights_only)
         strategy = trainer.strategy
         sharded = isinstance(strategy, ShardedState)
         if self._saver is None and (sharded or trainer.is_global_zero):
             self._saver = CheckpointSaver(strategy.root_device, alone=not sharded, **self._settings)
         if self._saver is not None:
             state = strategy.run_state(checkpoint) if isinstance(strategy, ShardedState) else collect_whole(checkpoint)
-            try:
+            with suppress(CheckpointError):  # in the foreground: `finished` tells it too
                 self._saver.save(state, filepath)
-            except CheckpointError as error:  # in the foreground: `finished` has it too
-                log.debug("%s", error)
+        flight.blocked = time.monotonic() - flight.due
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
 
     @override
     def _remove_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
-        url, name = split_url(filepath)
-
-        def remove(store: CheckpointStore) -> None:
-            store = store if store.url == url else open_store(url)
-            store.remove(name)
-
-        self._afterwards.append(remove)
+        if trainer.is_global_zero and self._in_flight is not None:
+            self._in_flight.remove(filepath)
 
     @override
     def _should_remove_checkpoint(self, trainer: pl.Trainer, previous: str, current: str) -> bool:
-        strategy = trainer.strategy
-        keeper = strategy if isinstance(strategy, ShardedState) else strategy.checkpoint_io
-        restored = getattr(keeper, "restored_from", None)
-        if restored is not None and split_url(restored) == split_url(previous):
+        restored = self._restored_from(trainer)
+        if restored is not None and place_of(restored) == place_of(previous):
             return False
         return super()._should_remove_checkpoint(trainer, previous, current)
 
+    @staticmethod
+    def _restored_from(trainer: pl.Trainer) -> str | None:
+        strategy = trainer.strategy
+        keeper = strategy if isinstance(strategy, ShardedState) else strategy.checkpoint_io
+        path = getattr(keeper, "restored_from", None)
+        return path if path is None or "://" in path else place_of(path)
+
     @override
     def file_exists(self, filepath: str | Path, trainer: pl.Trainer) -> bool:
-        url, name = split_url(filepath)
-        there = trainer.is_global_zero and (os.path.lexists(filepath) or bool(open_store(url).manifest(name)))
+        there = False
+        if trainer.is_global_zero:
+            url, name = split_url(filepath)
+            with suppress(OSError, ConfigurationError):  # the save itself will tell, and is subject to `on_failure`
+                there = os.path.lexists(filepath) or bool(open_store(url).manifest(name))
+        others = [other for other in trainer.checkpoint_callbacks if isinstance(other, AsyncDistributedCheckpoint)]
+        there |= any(other._in_flight is not None and other._in_flight.path == str(filepath) for other in others)
         return trainer.strategy.reduce_boolean_decision(there, all=False)
 
     @override
     def _find_last_checkpoints(self, trainer: pl.Trainer) -> set[str]:
-        """The folder, if there is any checkpoint in it: which one is good is found when it is loaded."""
-        folder = self.dirpath or self._ModelCheckpoint__resolve_ckpt_dir(trainer)  # type: ignore[attr-defined]
-        return {str(folder)} if open_store(str(folder)).names() else set()
+        """The folder, if there is any checkpoint in it: which one is good is found when it is loaded.
+
+        Of several such callbacks the one answers that has the newest checkpoint.
+        """
+        callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, AsyncDistributedCheckpoint)]
+        folders = [checkpoint_folder(callback, trainer) for callback in callbacks]
+        newest = max(folders, key=newest_step)
+        mine = checkpoint_folder(self, trainer)
+        return {mine} if mine == newest and open_store(mine).names() else set()
 
     # -- what became of it --
 
-    def _look(self, trainer: pl.Trainer) -> None:
-        """Takes note of the save in flight if it has ended; the steps of different ranks may see it at different ones.
+    def _settle(self, trainer: pl.Trainer) -> None:
+        """Waits for the save in flight, if there is one, and acts upon what became of it, on all ranks alike.
 
         Raises:
             CheckpointError: It failed, and as many before it as `on_failure` allows.
         """
-        outcome = self._saver.finished() if self._saver is not None else None
-        if outcome is None:
+        flight = self._in_flight
+        if flight is None:
             return
-        self._ended = self.latest = outcome
+        mine = None
+        if self._saver is not None:
+            self._saver.wait()
+            mine = self._saver.finished()
+        told: Any = trainer.strategy.broadcast(mine)  # by rank 0, which is the one that commits
+        self._in_flight = None
+        self.latest = outcome = replace(told, blocked=flight.blocked)
         if outcome.error is None:
             self.failures = 0
-            self._on_committed(trainer, outcome)
+            if trainer.is_global_zero:
+                self._on_committed(trainer, flight, outcome)
+            self._kept = [path for path in self._kept if path == self._restored_from(trainer) or self._needs(path)]
             return
         self.failures += 1
-        self._afterwards.clear()
+        for name, value in flight.decisions.items():
+            setattr(self, name, value)
         text = (
             f"The checkpoint {outcome.path} of step {outcome.step} could not be saved ({outcome.attempts} attempts): "
             f"{outcome.error}"
@@ -297,10 +377,12 @@ class AsyncDistributedCheckpoint(ModelCheckpoint):
             raise CheckpointError(f"{text}. It is the {self.failures}. in a row; earlier checkpoints are as they were.")
         rank_zero_warn(text)
 
-    def _on_committed(self, trainer: pl.Trainer, outcome: Outcome) -> None:
-        afterwards, self._afterwards = self._afterwards, []
-        if not trainer.is_global_zero:
-            return
+    def _needs(self, path: str) -> bool:
+        """Whether ModelCheckpoint counts a checkpoint among those to keep."""
+        return self.save_top_k == -1 or path in (*self.best_k_models, self.best_model_path, self.last_model_path)
+
+    def _on_committed(self, trainer: pl.Trainer, flight: PendingSave, outcome: Outcome) -> None:
+        """On rank 0: tells loggers and people, and lets the housekeeping do the rest."""
         figures = {
             "checkpoint/blocked_seconds": outcome.blocked,
             "checkpoint/write_seconds": outcome.written,
@@ -315,38 +397,20 @@ class AsyncDistributedCheckpoint(ModelCheckpoint):
                 f"{outcome.blocked:.2f} s, written in {outcome.written:.1f} s"
             )
         self._advise(trainer, outcome)
-        if self._housekeeping is None:
-            self._housekeeping = ThreadPoolExecutor(1, "checkpoint-housekeeping")
-        store = open_store(split_url(outcome.path)[0])
-        if self.register_on_best and outcome.path == self.best_model_path:
-            afterwards.append(self._registration(trainer, outcome.path))
-        for act in afterwards:
-            self._housekeeping.submit(_try, act, store)
+        restored = self._restored_from(trainer)
+        for path in self._kept:
+            if path != restored and not self._needs(path):
+                flight.remove(path)
+        if self.register_on_best and flight.path == self.best_model_path:
+            assert self.monitor is not None and self.best_model_score is not None
+            metrics = {**flight.metrics, self.monitor: float(self.best_model_score)}
+            self._housekeeping.submit(self._register, flight.path, metrics)
+        self._housekeeping.submit(flight.tidy)
 
-    def _registration(self, trainer: pl.Trainer, path: str) -> Callable[[CheckpointStore], None]:
+    def _register(self, path: str, metrics: dict[str, float]) -> None:
         name = self.registry_name or Path(split_url(str(self.dirpath))[0]).name
-        metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
-        assert self.monitor is not None and self.best_model_score is not None
-        metrics[self.monitor] = float(self.best_model_score)
-
-        def act(_: CheckpointStore) -> None:
-            version = register_checkpoint(path, name, self.registry, metrics)
-            rank_zero_info(f"Registered {path} as {name} version {version.version}")
-
-        return act
-
-    def _settle(self, trainer: pl.Trainer) -> None:
-        """Waits for the save in flight; if it failed on any rank, takes back on all what was decided with it."""
-        if self._saver is not None:
-            self._saver.wait()
-            self._look(trainer)
-        failed = self._ended is not None and self._ended.error is not None
-        if trainer.strategy.reduce_boolean_decision(failed, all=False):
-            self._afterwards.clear()
-            for name, value in self._before.items():
-                setattr(self, name, value)
-        self._ended = None
-        self._before = {}
+        version = register_checkpoint(path, name, self.registry, metrics)
+        rank_zero_info(f"Registered {path} as {name} version {version.version}")
 
     def _advise(self, trainer: pl.Trainer, outcome: Outcome) -> None:
         """Says once how often to save, from what a save costs here."""
@@ -370,11 +434,6 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ConfigurationError(f"{name}={value!r} is not one of {', '.join(choices)}.")
 
 
-def _try(act: Callable[[CheckpointStore], None], store: CheckpointStore) -> None:
-    """Housekeeping may fail without harm: what could not be removed stays, what could not be registered is said."""
-    try:
-        act(store)
-    except (OSError, ConfigurationError, NoGoodCheckpointError) as error:
-        log.warning("%s", error)
-    except Exception:
-        log.exception("After a checkpoint was committed")
+def _numbers(trainer: pl.Trainer) -> dict[str, float]:
+    """The metrics that are logged now."""
+    return {key: float(value) for key, value in trainer.callback_metrics.items() if value.numel() == 1}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -184,3 +185,12 @@ def mark_damaged(store: CheckpointStore, name: str, problems: list[Problem]) -> 
 
 def _list(problems: list[Problem]) -> str:
     return "; ".join(map(str, problems[:3])) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+
+
+def newest_step(url: str) -> int:
+    """The latest step of the checkpoints in a folder, good or bad; -1 if there is none."""
+    store, steps = open_store(url), [-1]
+    for name in store.names():
+        with suppress(ManifestError, OSError):
+            steps.append(Manifest.from_bytes(store.manifest(name)).step)
+    return max(steps)
