@@ -1,62 +1,33 @@
-"""AsyncDistributedCheckpoint: ModelCheckpoint to the user, and nothing is lost when things go wrong."""
+"""AsyncDistributedCheckpoint: a ModelCheckpoint to its user."""
 
 from __future__ import annotations
 
-import logging
 import os
-import signal
-import subprocess
-import threading
-import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 
-from lightning_llm import Decoder, LLM3DStrategy
+from lightning_llm import Decoder
 from lightning_llm.callbacks import AsyncDistributedCheckpoint
 from lightning_llm.checkpoint.folder import FolderStore
 from lightning_llm.checkpoint.reading import Checkpoint
 from lightning_llm.checkpoint.saver import CheckpointSaver, RunState
 from lightning_llm.checkpoint.store import open_store
 from lightning_llm.checkpoint.verify import verify
-from lightning_llm.errors import CheckpointError, ConfigurationError, NoGoodCheckpointError
+from lightning_llm.errors import ConfigurationError, NoGoodCheckpointError
 from lightning_llm.registry import open_registry
-from tests import disks
+from tests.callbacks.checkpointing import ONE_BATCH, fit, names
 from tests.checkpoint.damage import flip_bit
 from tests.distributed import run_distributed
 from tests.object_storage import ObjectStorage
-from tests.strategies.training import Recorder, loader, make_module, make_trainer
-
-TP2 = {"tensor_parallel_size": 2}
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def fit(
-    callback: ModelCheckpoint, *others: Callback, world_size: int = 1, strategy: Any = None, **arguments: Any
-) -> Any:
-    """A run with `callback`; returns the trainer, and its losses by step."""
-    ckpt_path, rows = arguments.pop("ckpt_path", None), arguments.pop("rows", 64)
-    strategy = LLM3DStrategy(**(TP2 if world_size == 2 else {})) if strategy is None else strategy
-    recorder = Recorder()
-    defaults = {"max_steps": 8, "val_check_interval": 2, "enable_checkpointing": True}
-    trainer = make_trainer(strategy, world_size, callbacks=[recorder, *others, callback], **{**defaults, **arguments})
-    llm3d = strategy if isinstance(strategy, LLM3DStrategy) else None
-    validation = loader(trainer, llm3d, rows=16) if trainer.val_check_interval else None
-    trainer.fit(make_module(schedule="constant"), loader(trainer, llm3d, rows=rows), validation, ckpt_path=ckpt_path)
-    return trainer, recorder.losses
-
 
 # -- what a user of ModelCheckpoint sees --
 
@@ -66,7 +37,8 @@ def compare(folder: Path, options: dict[str, Any]) -> tuple[dict[str, list[str]]
     left, attributes = {}, {}
     for kind in (ModelCheckpoint, AsyncDistributedCheckpoint):
         place = folder / kind.__name__
-        callback = kind(place, **options)
+        known = {key: value for key, value in options.items() if kind is not ModelCheckpoint or key != "background"}
+        callback = kind(place, **known)
         fit(callback, world_size=2, max_steps=8)
         dist.barrier()  # ModelCheckpoint removes on rank 0 without telling the others
         left[kind.__name__] = names(place)
@@ -90,6 +62,9 @@ def compare(folder: Path, options: dict[str, Any]) -> tuple[dict[str, list[str]]
         {"every_n_train_steps": 4, "save_top_k": 0, "save_last": True},
         {"train_time_interval": timedelta(0), "save_top_k": -1},
         {"every_n_epochs": 1},
+        {"every_n_train_steps": 4, "save_top_k": 0, "save_last": "link"},
+        {"every_n_train_steps": 100, "save_last": "link"},
+        {"every_n_train_steps": 2, "save_last": True, "background": False},
     ],
     ids=lambda options: " ".join(f"{key}={value}" for key, value in options.items()),
 )
@@ -100,10 +75,6 @@ def test_it_keeps_what_model_checkpoint_keeps(tmp_path: Path, options: dict[str,
         assert left["ModelCheckpoint"]
     for name in left["AsyncDistributedCheckpoint"]:
         assert verify(FolderStore(tmp_path / "AsyncDistributedCheckpoint"), name) == []
-
-
-# Every epoch is one and the same batch, so that Lightning, which does not keep a plain loader's place, cannot lose it.
-ONE_BATCH = {"rows": 8, "val_check_interval": None}
 
 
 def resume_last(folder: Path, world_size: int) -> list[list[float]]:
@@ -120,6 +91,62 @@ def test_last_goes_on_from_the_newest_and_never_removes_it(tmp_path: Path, world
     whole, resumed, left = run_distributed(resume_last, world_size, tmp_path, world_size)[0]
     assert resumed == whole and len(resumed) == 4
     assert left == ["epoch=5-step=6.ckpt", "epoch=8-step=9.ckpt", "last.ckpt"]
+
+
+def resume_from_alias(folder: Path) -> list[list[str]]:
+    """Three more runs, each resumed from the last one's `last.ckpt`."""
+    left = []
+    for steps in (3, 6, 9, 12):
+        last = folder / "last.ckpt"
+        callback = AsyncDistributedCheckpoint(folder, every_n_train_steps=1, save_last=True, filename="{step}")
+        fit(callback, max_steps=steps, ckpt_path=str(last) if last.exists() else None, **ONE_BATCH)
+        left.append(names(folder))
+    return left
+
+
+def test_what_a_run_was_resumed_from_stays_until_the_next_run(tmp_path: Path) -> None:
+    left = run_distributed(resume_from_alias, 1, tmp_path)[0]
+    assert left == [
+        ["last.ckpt", "step=3.ckpt"],
+        ["last.ckpt", "step=3.ckpt", "step=6.ckpt"],
+        ["last.ckpt", "step=6.ckpt", "step=9.ckpt"],
+        ["last.ckpt", "step=12.ckpt", "step=9.ckpt"],
+    ]
+
+
+def two_callbacks(folder: Path, kind: type[ModelCheckpoint]) -> tuple[list[str], int]:
+    """Both save to one folder, at the same steps, and one of them keeps all."""
+    folder.mkdir()
+    all_of_them = kind(folder, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+    newest = kind(folder, every_n_train_steps=1, save_top_k=1, filename="{step}")
+    trainer, _ = fit(newest, all_of_them, max_steps=6)
+    return names(folder), len(trainer.checkpoint_callbacks)
+
+
+def test_two_callbacks_do_not_touch_each_others(tmp_path: Path) -> None:
+    stock = run_distributed(two_callbacks, 1, tmp_path / "stock", ModelCheckpoint)[0]
+    ours = run_distributed(two_callbacks, 1, tmp_path / "ours", AsyncDistributedCheckpoint)[0]
+    assert ours == stock and ours[1] == 2
+    for name in ours[0]:
+        assert verify(FolderStore(tmp_path / "ours"), name) == []
+
+
+def twice(folder: Path) -> tuple[list[str], list[str]]:
+    """A second run into the folder of a first one that it does not go on from, beside things of other people."""
+    (folder / "mine").mkdir(parents=True)
+    (folder / "mine" / "last.ckpt").mkdir()
+    (folder / "mine" / "last.ckpt" / "thesis.tex").write_text("mine")
+    for place in ("mine", "twice", "twice"):
+        fit(AsyncDistributedCheckpoint(folder / place, every_n_train_steps=2, save_last=True), max_steps=2)
+    return names(folder / "mine"), names(folder / "twice")
+
+
+def test_last_takes_a_name_that_is_free(tmp_path: Path) -> None:
+    mine, second = run_distributed(twice, 1, tmp_path)[0]
+    assert mine == ["epoch=0-step=2.ckpt", "last-v1.ckpt", "last.ckpt"]
+    assert (tmp_path / "mine" / "last.ckpt" / "thesis.tex").read_text() == "mine"
+    assert second == ["epoch=0-step=2-v1.ckpt", "epoch=0-step=2.ckpt", "last-v1.ckpt", "last.ckpt"]
+    assert (tmp_path / "twice" / "last.ckpt").resolve().name == "epoch=0-step=2.ckpt"
 
 
 def start_with_nothing(folder: Path) -> int:
@@ -192,7 +219,15 @@ def test_what_others_put_there_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"verify": "some"}, "verify='some'"), ({"when_busy": "go"}, "when_busy"), ({"on_failure": "cry"}, "on_failure")],
+    [
+        ({"verify": "some"}, "verify='some'"),
+        ({"when_busy": "go"}, "when_busy"),
+        ({"on_failure": "cry"}, "on_failure"),
+        ({"max_failures": 0}, "max_failures=0"),
+        ({"retries": -1}, "retries=-1"),
+        ({"backoff": -1}, "backoff=-1"),
+        ({"timeout": 0}, "timeout=0"),
+    ],
 )
 def test_a_wrong_choice_is_refused(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
@@ -257,186 +292,6 @@ def test_a_checkpoint_has_the_values_of_its_step(tmp_path: Path) -> None:
     run_distributed(change_after_save, 1, tmp_path)
 
 
-# -- what goes wrong --
-
-
-class AtStep(Callback):
-    """Does something after a step."""
-
-    def __init__(self, actions: dict[int, Callable[[], None]]) -> None:
-        self.actions = actions
-
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        self.actions.get(trainer.global_step, lambda: None)()
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.01)
-
-
-def worker_of(callback: AsyncDistributedCheckpoint) -> int:
-    assert callback._saver is not None
-    wait_until(lambda: callback._saver is not None and callback._saver.worker_pid is not None)
-    pid = callback._saver.worker_pid
-    assert pid is not None
-    return pid
-
-
-def kill_writer(folder: Path, world_size: int) -> tuple[Any, list[str]]:
-    """The process that writes dies while it has an order; the next attempt has another one."""
-    callback = AsyncDistributedCheckpoint(folder, every_n_train_steps=2, backoff=0.05, save_top_k=-1)
-    killed: list[int] = []
-
-    def stop() -> None:
-        callback._saver.wait()  # type: ignore[union-attr]
-        killed.append(worker_of(callback))
-        os.kill(killed[0], signal.SIGSTOP)
-
-    with warnings.catch_warnings():
-        trainer, _ = fit(
-            callback,
-            AtStep({3: stop, 5: lambda: os.kill(killed[0], signal.SIGKILL)}),
-            world_size=world_size,
-            max_steps=6,
-        )
-    assert not psutil.pid_exists(killed[0])
-    return callback.latest, names(folder)
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_the_writer_is_made_anew_when_it_dies(tmp_path: Path, world_size: int) -> None:
-    for latest, left in run_distributed(kill_writer, world_size, tmp_path, world_size):
-        assert latest.error is None and latest.step == 6
-        assert [name for name in left if not name.startswith(".")] == [
-            "epoch=0-step=2.ckpt",
-            "epoch=0-step=4.ckpt",
-            "epoch=0-step=6.ckpt",
-        ]
-    for name in left:
-        assert verify(FolderStore(tmp_path), name) == []
-
-
-def hang_writer(folder: Path) -> Any:
-    """The process that writes stops answering."""
-    callback = AsyncDistributedCheckpoint(folder, every_n_train_steps=2, backoff=0.05, timeout=1.0)
-
-    def stop() -> None:
-        callback._saver.wait()  # type: ignore[union-attr]
-        os.kill(worker_of(callback), signal.SIGSTOP)
-
-    fit(callback, AtStep({3: stop}), max_steps=4)
-    return callback.latest
-
-
-def test_a_writer_that_hangs_is_replaced(tmp_path: Path) -> None:
-    latest = run_distributed(hang_writer, 1, tmp_path)[0]
-    assert latest.error is None and latest.attempts == 2 and latest.step == 4
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Room for two checkpoints of this model, not for three."""
-    with disks.small_disk(tmp_path / "disk", kilobytes=1536) as folder:
-        yield folder
-
-
-def remount(folder: Path, how: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,{how}", folder], check=True)
-
-
-def fill_disk(folder: Path, on_failure: str, world_size: int) -> tuple[str, list[str], int, list[str]]:
-    callback = AsyncDistributedCheckpoint(
-        folder, every_n_train_steps=1, save_top_k=-1, on_failure=on_failure, retries=1, backoff=0.01, filename="{step}"
-    )
-    said: list[str] = []
-    steps = 0
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            trainer, _ = fit(callback, world_size=world_size, max_steps=6)
-            steps = trainer.global_step
-        except CheckpointError as error:
-            said.append(str(error))
-    said += [str(w.message) for w in caught if "could not be saved" in str(w.message)]
-    return "\n".join(said), sorted(Path(p).name for p in names(folder)), steps, [callback.best_model_path]
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_full_disk_costs_no_checkpoint_that_was_there(small_disk: Path, world_size: int) -> None:
-    said, left, steps, best = run_distributed(fill_disk, world_size, small_disk, "warn", world_size)[0]
-    assert "No space left on device" in said and steps == 6, "training went on"
-    kept = [name for name in left if not name.startswith(".")]
-    assert "step=1.ckpt" in kept and "step=6.ckpt" not in kept, left
-    assert left == kept, "no draft is left to fill the disk"
-    for name in kept:
-        assert verify(FolderStore(small_disk), name) == []
-    assert Path(best[0]).name == kept[-1], "what the callback calls the best is there"
-
-
-def test_failures_in_a_row_end_the_run(small_disk: Path) -> None:
-    said, left, steps, _ = run_distributed(fill_disk, 1, small_disk, "retry", 1)[0]
-    assert "It is the 3. in a row" in said and "No space left on device" in said and steps == 0
-    assert "step=1.ckpt" in left
-
-
-class OnWarning(logging.Handler):
-    """Does something at a first warning."""
-
-    def __init__(self, act: Callable[[], None]) -> None:
-        super().__init__(logging.WARNING)
-        self.act: Callable[[], None] | None = act
-
-    def emit(self, record: logging.LogRecord) -> None:
-        act, self.act = self.act, None
-        if act is not None:
-            act()
-
-
-def read_only_for_a_moment(folder: Path) -> Any:
-    """A save is due while nothing can be written; after its first attempt all is well again."""
-    callback = AsyncDistributedCheckpoint(folder, every_n_train_steps=2, backoff=0.01, filename="{step}")
-    remount(folder, "ro")
-    logging.getLogger("lightning_llm.checkpoint.saver").addHandler(OnWarning(lambda: remount(folder, "rw")))
-    fit(callback, max_steps=2)
-    return callback.latest
-
-
-def test_it_tries_again(small_disk: Path) -> None:
-    latest = run_distributed(read_only_for_a_moment, 1, small_disk)[0]
-    assert latest.error is None and latest.attempts == 2
-    assert names(small_disk) == ["step=2.ckpt"]
-
-
-def busy(folder: Path, when_busy: str) -> tuple[int, list[str]]:
-    """The writer stands still over the second save."""
-    callback = AsyncDistributedCheckpoint(
-        folder, every_n_train_steps=2, when_busy=when_busy, save_top_k=-1, filename="{step}"
-    )
-    stopped: list[int] = []
-
-    def stop() -> None:
-        callback._saver.wait()  # type: ignore[union-attr]
-        stopped.append(worker_of(callback))
-        os.kill(stopped[0], signal.SIGSTOP)
-        if when_busy == "wait":
-            threading.Timer(1.0, os.kill, (stopped[0], signal.SIGCONT)).start()
-
-    fit(callback, AtStep({3: stop, 7: lambda: os.kill(stopped[0], signal.SIGCONT)}), max_steps=8)
-    return callback.skipped, names(folder)
-
-
-def test_a_save_that_is_due_too_soon_waits(tmp_path: Path) -> None:
-    assert run_distributed(busy, 1, tmp_path, "wait")[0] == (0, [f"step={n}.ckpt" for n in (2, 4, 6, 8)])
-
-
-def test_a_save_that_is_due_too_soon_can_be_skipped(tmp_path: Path) -> None:
-    skipped, left = run_distributed(busy, 1, tmp_path, "skip")[0]
-    assert skipped >= 1 and "step=6.ckpt" not in left and {"step=2.ckpt", "step=4.ckpt"} <= set(left)
-
-
 # -- object storage --
 
 
@@ -463,6 +318,18 @@ def test_a_bucket_is_as_good_as_a_folder(
 
 
 # -- other strategies --
+
+
+def shard_otherwise(folder: Path) -> str:
+    try:
+        fit(AsyncDistributedCheckpoint(folder), strategy=ModelParallelStrategy(), world_size=1)
+    except ConfigurationError as error:
+        return str(error)
+    return ""
+
+
+def test_a_strategy_that_shards_otherwise_is_refused(tmp_path: Path) -> None:
+    assert "does not know how ModelParallelStrategy shards" in run_distributed(shard_otherwise, 1, tmp_path)[0]
 
 
 def other_strategy(folder: Path, strategy: str) -> tuple[list[float], list[float], list[str]]:
