@@ -70,6 +70,7 @@ class Sides:
     def __init__(self, state: dict[str, Tensor], folder: Path, verify: str) -> None:
         self.state = state
         self.folder = folder
+        self.group = dist.new_group(backend="gloo")  # their thread must not use the one that training uses
         self.background = CheckpointSaver(background=True, verify=verify)  # type: ignore[arg-type]
         self.foreground = CheckpointSaver(verify=verify)  # type: ignore[arg-type]
         self.seconds: dict[str, list[float]] = {}
@@ -102,10 +103,11 @@ class Sides:
         path = self.path("theirs-async")
         dist.barrier()
         began = time.perf_counter()
-        future = dcp.async_save(self.state, checkpoint_id=path)
-        self.note("theirs, async: blocked", time.perf_counter() - began)
+        future = dcp.async_save(self.state, checkpoint_id=path, process_group=self.group)
+        blocked = time.perf_counter() - began
         future.result()  # type: ignore[union-attr]
         self.note("theirs, async: until written", time.perf_counter() - began)
+        self.note("theirs, async: blocked", blocked)
 
     def save_ours(self) -> None:
         path = self.path("ours")
@@ -116,9 +118,10 @@ class Sides:
         dist.barrier()
         began = time.perf_counter()
         self.background.save(self.run_state(), path)
-        self.note("ours, async: blocked", time.perf_counter() - began)
+        blocked = time.perf_counter() - began
         self.background.wait()
         self.note("ours, async: until committed", time.perf_counter() - began)
+        self.note("ours, async: blocked", blocked)
         outcome = self.background.finished()
         assert outcome is not None and outcome.error is None, outcome
 
