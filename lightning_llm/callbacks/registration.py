@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lightning_llm.checkpoint.export import export
 from lightning_llm.checkpoint.reading import Checkpoint
-from lightning_llm.registry import ModelVersion, register
+from lightning_llm.registry import Lineage, ModelVersion, register
 
 
 def register_checkpoint(path: str, name: str, registry: str | None, metrics: Mapping[str, float]) -> ModelVersion:
@@ -27,9 +27,12 @@ def register_checkpoint(path: str, name: str, registry: str | None, metrics: Map
         The new version: the model as a Hugging Face folder, or the checkpoint as it is if it is not a decoder's.
     """
     checkpoint = Checkpoint.open(path, alone=True)
-    if "config.json" not in checkpoint.manifest.files:
-        folder = checkpoint.local(*checkpoint.manifest.files)
-        return register(folder, name, registry=registry, metrics=metrics, checkpoint=path, aliases=("best",))
+    manifest = checkpoint.manifest
+    lineage = Lineage(checkpoint=checkpoint.path, checkpoint_uuid=manifest.uuid, step=manifest.step)
     with tempfile.TemporaryDirectory(prefix="lightning-llm-") as place:
-        folder = export(path, Path(place) / name)
-        return register(folder, name, registry=registry, metrics=metrics, checkpoint=path, aliases=("best",))
+        folder = Path(place) / name
+        if "config.json" in manifest.files:
+            export(checkpoint, folder)
+        else:
+            checkpoint.link_into(folder)
+        return register(folder, name, registry=registry, metrics=metrics, lineage=lineage, aliases=("best",))

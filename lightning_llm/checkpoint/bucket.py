@@ -14,7 +14,6 @@ There is no rename in object storage, so a draft is uploaded to where it stays, 
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,9 +28,9 @@ from typing_extensions import Buffer
 
 from lightning_llm.checkpoint.cache import CheckpointCache
 from lightning_llm.checkpoint.digest import Digester, FileRecord, flat
-from lightning_llm.checkpoint.manifest import Manifest
+from lightning_llm.checkpoint.manifest import Manifest, uuid_of
 from lightning_llm.checkpoint.objects import PART_SIZE, Objects, StorageError
-from lightning_llm.checkpoint.owner import is_running, machine
+from lightning_llm.checkpoint.owner import is_running, machine, this_process
 from lightning_llm.errors import ConfigurationError
 
 COMMIT, ALIAS, DRAFT = "COMMIT.json", "ALIAS.json", "DRAFT.json"
@@ -86,14 +85,17 @@ class BucketStore:
 
     def create(self, name: str, attempt: str) -> str:
         """Notes who begins the draft."""
+        self._refuse_foreign(name)
+        owner = {"machine": machine(), "pid": this_process()}
+        self._objects.put(self._key(name, attempt, DRAFT), json.dumps(owner).encode())
+        return f"{self.url}/{name}/{attempt}"
+
+    def _refuse_foreign(self, name: str) -> None:
         if self._read_commit(name) is None and self._is_foreign(name):
             raise ConfigurationError(
                 f"{self.url}/{name} is there already and is not a checkpoint of lightning_llm. Choose another name or "
                 "prefix."
             )
-        owner = {"machine": machine(), "pid": os.getpid()}
-        self._objects.put(self._key(name, attempt, DRAFT), json.dumps(owner).encode())
-        return f"{self.url}/{name}/{attempt}"
 
     def write(self, location: str, file: str, buffers: Iterable[Buffer], algorithm: str) -> FileRecord:
         """Uploads a file while it is digested; what is large goes in parts."""
@@ -149,6 +151,9 @@ class BucketStore:
         self._objects.delete(*(found.key for found in self._objects.list(prefix) if found.key != prefix + DRAFT))
         self._objects.delete(prefix + DRAFT)
 
+    def recover(self) -> None:
+        """Nothing is ever out of sight: a commit is one step."""
+
     def sweep(self) -> None:
         """Removes drafts of processes that are gone, and what is left of half a removal."""
         for name in self._objects.list_folder(self._prefix)[1]:
@@ -171,7 +176,7 @@ class BucketStore:
         if owner is None:
             return True
         if owner["machine"] == machine():
-            return is_running(owner["pid"])
+            return is_running(str(owner["pid"]))
         prefix = self._key(name, attempt, "")
         times = (found.time for found in (*self._objects.list(prefix), *self._objects.uploads(prefix)))
         return max(times, default=datetime.now(UTC)) > datetime.now(UTC) - STALE
@@ -255,8 +260,10 @@ class BucketStore:
         """Downloads what is not in this node's cache yet, and verifies it once more."""
         return CheckpointCache(self.url).fetch(self, self.location(name), manifest, files)
 
-    def remove(self, name: str) -> None:
+    def remove(self, name: str, uuid: str | None = None) -> None:
         """Deletes `COMMIT.json`, with which the checkpoint is gone, and then the rest."""
+        if uuid is not None and uuid_of(self.manifest(name)) != uuid:
+            return
         commit = self._read_commit(name)
         if commit is None and self._is_foreign(name):
             raise ConfigurationError(f"{self.url}/{name} is not a checkpoint of lightning_llm, so it is not removed.")
@@ -272,6 +279,7 @@ class BucketStore:
 
     def alias(self, name: str, target: str) -> None:
         """Puts `ALIAS.json`, and deletes the `COMMIT.json` that would come before it."""
+        self._refuse_foreign(name)
         self._objects.put(self._key(name, ALIAS), json.dumps({"target": target}).encode())
         self._remove_commit(name, self._read_commit(name))
 

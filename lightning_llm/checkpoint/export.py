@@ -23,12 +23,16 @@ TOKENIZER = "tokenizer.json"
 
 
 def export(
-    checkpoint: str | Path, output: str | Path, *, dtype: str | None = None, max_shard_size: str = DEFAULT_SHARD_SIZE
+    checkpoint: str | Path | Checkpoint,
+    output: str | Path,
+    *,
+    dtype: str | None = None,
+    max_shard_size: str = DEFAULT_SHARD_SIZE,
 ) -> Path:
     """Writes the weights of a checkpoint as a Hugging Face folder: safetensors, config.json, tokenizer.
 
     Args:
-        checkpoint: A folder that the strategy saved.
+        checkpoint: A folder that the strategy saved, or one that is open and verified.
         output: The folder to write; files of an earlier export are replaced.
         dtype: Element type, for example "bfloat16"; None keeps what was trained.
         max_shard_size: Largest safetensors file, for example "5GB".
@@ -40,7 +44,7 @@ def export(
         ConfigurationError: The checkpoint is missing, incomplete, or not of a decoder; what is missing is named.
     """
     target = Path(output)
-    opened = Checkpoint.open(checkpoint, alone=True)
+    opened = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint, alone=True)
     source = opened.local(*opened.manifest.files)
     stored = opened.weights()
     if not (source / "config.json").is_file():

@@ -1,7 +1,7 @@
 """Checkpoints in a folder of a local or shared file system.
 
 root/step=1000.ckpt/manifest.json, rank_00000.safetensors, ...    committed
-root/.staging-step=1000.ckpt-host-4711-1f3a/                      a draft, or what is left of one
+root/.staging-step=1000.ckpt-host-4711.93-1f3a/                   a draft, or what is left of one
 root/.trash-...                                                   being removed
 root/step=1000.ckpt.corrupt                                       a note that the checkpoint is damaged
 """
@@ -15,23 +15,24 @@ import os
 import re
 import shutil
 import time
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from typing_extensions import Buffer
 
-from lightning_llm._disk import sync
+from lightning_llm._disk import make_folder, sync
 from lightning_llm.checkpoint.digest import FileRecord
 from lightning_llm.checkpoint.files import write_file
-from lightning_llm.checkpoint.manifest import MANIFEST, Manifest
-from lightning_llm.checkpoint.owner import is_running, machine
+from lightning_llm.checkpoint.manifest import MANIFEST, Manifest, uuid_of
+from lightning_llm.checkpoint.owner import is_running, machine, this_process
 from lightning_llm.errors import ConfigurationError
 
 STALE = 3600.0  # seconds without a change after which a draft of another machine is taken for abandoned
-_OWNED = re.compile(r"\.(?:staging|trash)-.*-(?P<machine>[^-]+)-(?P<pid>\d+)-[^-]+")
+_OWNED = re.compile(r"\.(?:staging|trash)-.*-(?P<machine>[^-]+)-(?P<process>\d+(?:\.\d+)?)-[^-]+")
+_ALWAYS_THERE = ("index.json", "rank_00000.safetensors")  # in a checkpoint, beside its manifest
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -48,32 +49,36 @@ class FolderStore:
 
     def create(self, name: str, attempt: str) -> str:
         """Makes the draft's folder."""
-        target = self.root / name
-        if target.exists() and not _is_checkpoint(target) and not _is_empty(target):
-            raise ConfigurationError(
-                f"{target} is there already and is not a checkpoint of lightning_llm. Choose another name or folder."
-            )
-        self.root.mkdir(parents=True, exist_ok=True)
+        self._refuse_foreign(name)
+        make_folder(self.root)
         draft = self.root / self._owned("staging", name, attempt)
         draft.mkdir()
         return str(draft)
 
+    def _refuse_foreign(self, name: str) -> None:
+        if _is_foreign(self.root / name):
+            raise ConfigurationError(
+                f"{self.root / name} is there already and is not a checkpoint of lightning_llm. Choose another name or "
+                "folder."
+            )
+
     def _owned(self, kind: str, name: str, attempt: str) -> str:
         """A name that tells which process it belongs to, so that others can tell whether that one still lives."""
-        return f".{kind}-{name}-{machine()}-{os.getpid()}-{attempt.replace('-', '_')}"
+        return f".{kind}-{name}-{machine()}-{this_process()}-{attempt.replace('-', '_')}"
 
     def write(self, location: str, file: str, buffers: Iterable[Buffer], algorithm: str) -> FileRecord:
         """Writes a file and syncs it to the disk."""
         path = Path(location, file)
         if not Path(location).is_dir():
             raise FileNotFoundError(f"rank 0 made {location}, which is not there: all nodes must share {self.root}")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         record = write_file(path, buffers, algorithm)
         sync(path.parent)
         return record
 
     def commit(self, location: str, name: str, manifest: bytes) -> None:
         """Writes the manifest, syncs, renames, syncs."""
+        self._refuse_foreign(name)
         draft, target = Path(location), self.root / name
         write_file(draft / f"{MANIFEST}.tmp", [manifest], "xxh3_128")
         (draft / f"{MANIFEST}.tmp").rename(draft / MANIFEST)
@@ -89,7 +94,8 @@ class FolderStore:
         if os.path.lexists(target):
             self._exchange(new, target)
             sync(self.root)
-            self._throw_away(new)
+            with suppress(FileNotFoundError):  # `sweep` of another process may have been faster
+                self._throw_away(new)
         else:
             new.rename(target)
             sync(self.root)
@@ -98,17 +104,20 @@ class FolderStore:
         """Lets a draft and a checkpoint change places in one step, or where the file system has none, in two."""
         if _exchange(draft, target):
             return
-        before = self.root / f".replaced-{target.name}"  # from which `_recover` takes it after a crash here
+        before = self.root / f".replaced-{target.name}"  # from which `recover` takes it after a crash here
         _delete(before)
         target.rename(before)
         draft.rename(target)
-        before.rename(draft)
+        with suppress(FileNotFoundError):  # `sweep` of another process has removed it
+            before.rename(draft)
 
-    def _recover(self) -> None:
+    def recover(self) -> None:
+        """Takes back what a crash between the two renames of `_exchange` has left out of sight."""
         for before in self.root.glob(".replaced-*"):
             target = self.root / before.name.removeprefix(".replaced-")
             if not os.path.lexists(target):
-                before.rename(target)
+                with suppress(OSError):  # another process was faster, or the disk is read-only
+                    before.rename(target)
 
     def discard(self, location: str) -> None:
         """Removes a draft's folder."""
@@ -118,19 +127,19 @@ class FolderStore:
         """Removes drafts and trash of processes that are gone."""
         if not self.root.is_dir():
             return
-        self._recover()
+        self.recover()
         for before in self.root.glob(".replaced-*"):
-            _delete(before)  # a crash came after the second step of `_exchange`
+            if os.path.lexists(self.root / before.name.removeprefix(".replaced-")):
+                _delete(before)  # a crash came after the second step of `_exchange`
         for path in self.root.glob(".*-*"):
             found = _OWNED.fullmatch(path.name)
-            if found and not _lives(path, found["machine"], int(found["pid"])):
+            if found and not _lives(path, found["machine"], found["process"]):
                 _delete(path)
 
     def names(self) -> list[str]:
         """Folders with a manifest, or of which only that is missing; aliases not."""
         if not self.root.is_dir():
             return []
-        self._recover()
         return [
             path.name
             for path in self.root.iterdir()
@@ -188,29 +197,30 @@ class FolderStore:
         """The checkpoint's own folder."""
         return self.root / name
 
-    def remove(self, name: str) -> None:
+    def remove(self, name: str, uuid: str | None = None) -> None:
         """Renames the checkpoint's folder out of sight, then removes it."""
         path = self.root / name
-        if not path.exists() and not path.is_symlink():
+        if not os.path.lexists(path) or (uuid is not None and uuid_of(self.manifest(name)) != uuid):
             return
         if path.is_symlink():
             path.unlink()
             return
-        if not _is_checkpoint(path):
+        if _is_foreign(path):
             raise ConfigurationError(f"{path} is not a checkpoint of lightning_llm, so it is not removed.")
         self._throw_away(path)
         with suppress(OSError):
             (self.root / f"{name}.corrupt").unlink()
 
     def _throw_away(self, path: Path) -> None:
-        trash = self.root / self._owned("trash", path.name.lstrip("."), uuid.uuid4().hex[:8])
+        trash = self.root / self._owned("trash", path.name.lstrip("."), uuid4().hex[:8])
         path.rename(trash)
         sync(self.root)
         _delete(trash)
 
     def alias(self, name: str, target: str) -> None:
         """Makes a symbolic link."""
-        link = self.root / self._owned("trash", name, uuid.uuid4().hex[:8])
+        self._refuse_foreign(name)
+        link = self.root / self._owned("trash", name, uuid4().hex[:8])
         link.symlink_to(target)
         self._put(link, self.root / name)
 
@@ -240,7 +250,12 @@ class FolderStore:
 
 def _is_checkpoint(path: Path) -> bool:
     """Whether a folder was committed: a checkpoint without a manifest is a damaged one, not none."""
-    return (path / MANIFEST).is_file() or (path / "index.json").is_file()
+    return (path / MANIFEST).is_file() or all((path / file).is_file() for file in _ALWAYS_THERE)
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether there is something that was not made here, which nothing may take the place of."""
+    return os.path.lexists(path) and not (path.is_symlink() or _is_checkpoint(path) or _is_empty(path))
 
 
 def _size(folder: Path) -> int:
@@ -257,16 +272,16 @@ def _is_empty(path: Path) -> bool:
 
 
 def _delete(path: Path) -> None:
-    if path.is_symlink():
-        path.unlink(missing_ok=True)
-    else:
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
-def _lives(path: Path, on: str, pid: int) -> bool:
+def _lives(path: Path, on: str, process: str) -> bool:
     """Whether the process that a draft belongs to may still be at work on it."""
     if on == machine():
-        return is_running(pid)
+        return is_running(process)
     try:
         latest = max(entry.stat().st_mtime for entry in (path, *path.rglob("*")))
     except OSError:

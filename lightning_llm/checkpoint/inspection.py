@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from lightning_llm.checkpoint.manifest import MANIFEST, Manifest, ManifestError
-from lightning_llm.checkpoint.selection import is_one, mark_damaged, newest_first, nothing_there
+from lightning_llm.checkpoint.manifest import Manifest
+from lightning_llm.checkpoint.selection import became_of, mark_damaged, newest_first, nothing_there, one_at
 from lightning_llm.checkpoint.store import CheckpointStore, open_store, split_url
-from lightning_llm.checkpoint.verify import MISSING, Problem, find_problems, read_manifest
+from lightning_llm.checkpoint.verify import MISSING, Problem, believe, find_problems
 
 THREADS = min(4, os.cpu_count() or 1)  # each holds a chunk in memory
 LARGE = 2 << 30  # bytes from which on a person wants to see that something goes on
@@ -134,15 +134,12 @@ def inspect(path: str | Path) -> list[Inspection]:
     Raises:
         ConfigurationError: There is none.
     """
-    url, name = split_url(path)
-    store = open_store(url)
-    if is_one(store, name):
-        return _inspect_all(store, [name])
-    store = open_store(path)
-    names = newest_first(store)
-    if not names:
+    name = one_at(path)
+    store = open_store(path if name is None else split_url(path)[0])
+    found = _inspect_all(store, newest_first(store) if name is None else [name])
+    if not found:
         raise nothing_there(path)
-    return _inspect_all(store, names)
+    return found
 
 
 def survey(path: str | Path, *, verify: bool = True) -> Survey:
@@ -166,29 +163,32 @@ def survey(path: str | Path, *, verify: bool = True) -> Survey:
 def _inspect_all(store: CheckpointStore, names: list[str]) -> list[Inspection]:
     looks = [_look(store, name) for name in names]
     with _progress(sum(look.manifest.size for look in looks if look.manifest is not None)) as on_read:
-        return [_verify(store, look, on_read) for look in looks]
+        verified = (_verify(store, look, on_read) for look in looks)
+        return [inspection for inspection in verified if inspection is not None]
 
 
 def _look(store: CheckpointStore, name: str) -> Inspection:
     """What a checkpoint says of itself."""
-    manifest, problems = None, []
-    try:
-        manifest = read_manifest(store, name)
-    except ManifestError as error:
-        problems = [Problem(MANIFEST, str(error), damaged=error.damaged)]
-    except OSError as error:
-        problems = [Problem(MANIFEST, f"it cannot be read: {error}", damaged=False)]
-    listed = manifest.files if manifest is not None else {}
-    unlisted = [file for file in store.files(store.location(name)) if file not in listed] if listed else []
+    manifest, problems = believe(store, name)
+    unlisted: list[str] = []
+    if manifest is not None and manifest.files:
+        with suppress(OSError):  # it may be removed at this moment
+            unlisted = [file for file in store.files(store.location(name)) if file not in manifest.files]
     return Inspection(name, f"{store.url}/{name}", manifest, problems, False, unlisted, store.marked(name))
 
 
-def _verify(store: CheckpointStore, look: Inspection, on_read: Callable[[int], None]) -> Inspection:
+def _verify(store: CheckpointStore, look: Inspection, on_read: Callable[[int], None]) -> Inspection | None:
+    """Reads all of a checkpoint; None if a run has removed it meanwhile."""
     problems = look.problems
     if look.manifest is not None:
         location = store.location(look.name)
         problems = find_problems(store, location, look.manifest, threads=THREADS, on_read=on_read)
     if problems:
+        match became_of(store, look.name, look.manifest):
+            case "removed":
+                return None
+            case "replaced":
+                return _verify(store, _look(store, look.name), on_read)
         mark_damaged(store, look.name, problems)
     elif look.note is not None:
         store.mark(look.name, None)

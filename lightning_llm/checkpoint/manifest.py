@@ -140,6 +140,14 @@ class Manifest:
         return cls(**content)
 
 
+def uuid_of(raw: bytes) -> str | None:
+    """Which save a stored manifest is of; None if there is none, or none that can be read."""
+    try:
+        return Manifest.from_bytes(raw).uuid
+    except ManifestError:
+        return None
+
+
 def _record(stored: Mapping[str, Any]) -> FileRecord:
     return FileRecord(stored["size"], stored["digest"], tuple(stored["chunks"]))
 

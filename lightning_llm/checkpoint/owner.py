@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 
 
 def machine() -> str:
@@ -15,12 +16,28 @@ def machine() -> str:
     return socket.gethostname().replace("-", "_") + namespace
 
 
-def is_running(pid: int) -> bool:
-    """Whether there is such a process on this machine."""
+def this_process() -> str:
+    """This process's id and, where it can be had, when it started: a container that starts anew gives ids anew."""
+    started = _start_of(os.getpid())
+    return str(os.getpid()) if started is None else f"{os.getpid()}.{started}"
+
+
+def is_running(process: str) -> bool:
+    """Whether there is this process on this machine, named as `this_process` does; without its start, any of its id."""
+    pid, _, started = process.partition(".")
     try:
-        os.kill(pid, 0)
+        os.kill(int(pid), 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
-    return True
+        pass
+    return not started or _start_of(int(pid)) in (None, started)
+
+
+def _start_of(pid: int) -> str | None:
+    """Clock ticks from the machine's start to the process's; None where the kernel does not tell."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return None
+    return stat.rpartition(b")")[2].split()[19].decode()  # field 22; the second may have spaces, and ends with ")"

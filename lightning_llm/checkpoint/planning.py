@@ -21,6 +21,8 @@ from torch.distributed.checkpoint.planner import SavePlan as TorchPlan
 from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.tensor import DTensor
 
+from lightning_llm.errors import ConfigurationError
+
 DTYPES: dict[str, torch.dtype] = {name: dtype for name, dtype in _TYPES.items() if dtype is not None}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -69,6 +71,39 @@ def rank_file(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
 
 
+def dtype_name(tensor: str, dtype: torch.dtype) -> str:
+    """A type in safetensors' words.
+
+    Raises:
+        ConfigurationError: There is none; `tensor` is named.
+    """
+    if dtype not in DTYPE_NAMES:
+        raise ConfigurationError(
+            f"{tensor} is {dtype}, for which safetensors has no word. Keep it in one that it has, a complex tensor as "
+            "torch.view_as_real does for example."
+        )
+    return DTYPE_NAMES[dtype]
+
+
+def make_index(
+    described: Mapping[str, tuple[torch.dtype, Sequence[int]]], shares: Sequence[Sequence[Block]]
+) -> dict[str, Any]:
+    """What `index.json` holds: name -> dtype, shape and blocks, each with the rank that writes it.
+
+    Args:
+        described: Type and shape of each tensor.
+        shares: The blocks of each rank.
+    """
+    index: dict[str, Any] = {
+        name: {"dtype": dtype_name(name, dtype), "shape": list(shape), "blocks": []}
+        for name, (dtype, shape) in described.items()
+    }
+    for rank, blocks in enumerate(shares):
+        for block in blocks:
+            index[block.tensor]["blocks"].append([rank, list(block.offsets), list(block.shape)])
+    return index
+
+
 def form_of(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> int:
     """Equal as long as a plan stays right."""
     placed = ((n, t.dtype, t.shape, t.placements if isinstance(t, DTensor) else None) for n, t in tensors.items())
@@ -97,7 +132,10 @@ def make_plan(tensors: Mapping[str, Tensor], values: Mapping[str, Any], *, alone
             plans, metadata = DefaultSavePlanner(flatten_state_dict=False).create_global_plan(plans)
             name = uuid.uuid4().hex
             shares = [(name, _blocks(plan), _values(plan)) for plan in plans]
-            shares[0] = (*shares[0], _index(shares, metadata.state_dict_metadata))
+            stored: Mapping[str, Any] = metadata.state_dict_metadata
+            names = dict.fromkeys(block.tensor for _, blocks, _ in shares for block in blocks)
+            described = {name: (stored[name].properties.dtype, stored[name].size) for name in names}
+            shares[0] = (*shares[0], make_index(described, [blocks for _, blocks, _ in shares]))
         except Exception as error:  # the others wait for their share
             shares = [error] * len(plans)
     if alone:
@@ -128,19 +166,6 @@ def _blocks(plan: TorchPlan) -> tuple[Block, ...]:
 
 def _values(plan: TorchPlan) -> tuple[str, ...]:
     return tuple(item.index.fqn for item in plan.items if item.type == WriteItemType.BYTE_IO)
-
-
-def _index(shares: list[Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
-    index: dict[str, Any] = {}
-    for rank, (_, blocks, _) in enumerate(shares):
-        for block in blocks:
-            stored = metadata[block.tensor]
-            entry = index.setdefault(
-                block.tensor,
-                {"dtype": DTYPE_NAMES[stored.properties.dtype], "shape": list(stored.size), "blocks": []},
-            )
-            entry["blocks"].append([rank, list(block.offsets), list(block.shape)])
-    return index
 
 
 def local_part(tensor: Tensor) -> Tensor:

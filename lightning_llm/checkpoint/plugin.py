@@ -6,10 +6,12 @@ verified folders with it instead of pickled files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_llm.checkpoint.encoding import decode, encode
@@ -20,11 +22,18 @@ from lightning_llm.checkpoint.store import open_store, split_url
 OPTIMIZERS = "optimizer_states"
 
 
-def collect_whole(checkpoint: Mapping[str, Any]) -> RunState:
+def collect_whole(
+    checkpoint: Mapping[str, Any],
+    *,
+    write_assets: Callable[[Path], None] | None = None,
+    rank: Mapping[str, Any] | None = None,
+) -> RunState:
     """A checkpoint as Lightning makes it, with all tensors whole, as it is saved.
 
     Args:
         checkpoint: What `Trainer.dump_checkpoint` returns under a strategy that does not shard.
+        write_assets: What makes the weights usable on their own; see `module_assets`.
+        rank: State of this process alone, such as its random generators'.
     """
     state = {f"model.{name}": value for name, value in checkpoint.get("state_dict", {}).items()}
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
@@ -37,12 +46,18 @@ def collect_whole(checkpoint: Mapping[str, Any]) -> RunState:
         tensors=tensors,
         values=values,
         trainer=trainer,
+        rank=rank or {},
         weights_only=OPTIMIZERS not in checkpoint,
+        write_assets=write_assets,
     )
 
 
 class VerifiedCheckpointIO(CheckpointIO):
     """Saves folders of safetensors with a manifest, and loads nothing that does not match it.
+
+    Lightning hands it the state and nothing else. So what it saves by itself has no assets of the module (`export`
+    needs `config.json`), and what it loads leaves random generators alone: they would have to be set after all that a
+    run sets up, where a CheckpointIO is not called.
 
     Attributes:
         restored_from: The checkpoint that was loaded last.
@@ -66,6 +81,7 @@ class VerifiedCheckpointIO(CheckpointIO):
         """
         checkpoint = Checkpoint.open(path)
         self.restored_from = checkpoint.path
+        rank_zero_info(f"Going on from {checkpoint.path}, step {checkpoint.manifest.step}")
         state = checkpoint.trainer_state()
         tensors = _Tensors(checkpoint, map_location)
         if OPTIMIZERS in state:

@@ -24,7 +24,7 @@ from lightning_llm.checkpoint.committing import INDEX, TRAINER, TRAINER_TENSORS
 from lightning_llm.checkpoint.encoding import decode
 from lightning_llm.checkpoint.files import TensorEntry, map_file, read_header
 from lightning_llm.checkpoint.lazy import Box, LazyTensor, assemble
-from lightning_llm.checkpoint.manifest import Manifest
+from lightning_llm.checkpoint.manifest import MANIFEST, Manifest, secret
 from lightning_llm.checkpoint.planning import DTYPES, Block, local_part, rank_file
 from lightning_llm.checkpoint.selection import Selected, select
 
@@ -78,6 +78,14 @@ class Checkpoint:
     def local(self, *files: str) -> Path:
         """A local folder with these files."""
         return self._selected.store.fetch(self._selected.name, self.manifest, files)
+
+    def link_into(self, folder: Path) -> None:
+        """Makes a folder the checkpoint, without what else may lie there: links to its files, and its manifest."""
+        source = self.local(*self.manifest.files)
+        for file in self.manifest.files:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).symlink_to((source / file).absolute())
+        (folder / MANIFEST).write_bytes(self.manifest.to_bytes(secret()))
 
     def _json(self, file: str) -> Any:
         return json.loads((self.local(file) / file).read_bytes())

@@ -7,18 +7,19 @@ reported, marked and passed over for the one before; if all are bad the run ends
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 
-from lightning_llm.checkpoint.manifest import MANIFEST, Manifest, ManifestError, secret
-from lightning_llm.checkpoint.store import CheckpointStore, open_store, split_url
-from lightning_llm.checkpoint.verify import Problem, find_problems, share_of
+from lightning_llm.checkpoint.manifest import Manifest, ManifestError, uuid_of
+from lightning_llm.checkpoint.store import CheckpointStore, is_whole_bucket, open_store, split_url
+from lightning_llm.checkpoint.verify import Problem, believe, find_problems, share_of
 from lightning_llm.errors import ConfigurationError, NoGoodCheckpointError
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class Selected:
 
 
 class _Ranks:
-    """Those who decide together."""
+    """Those who decide together: whatever goes wrong on one of them, all take part in every step."""
 
     def __init__(self, alone: bool) -> None:
         several = dist.is_available() and dist.is_initialized() and not alone
@@ -54,26 +55,37 @@ class _Ranks:
 
     def of_first(self, act: Callable[[], Any]) -> Any:
         """What `act` returns on rank 0, on all; an error there is raised on all."""
-        box: list[Any] = [None]
-        if self.rank == 0:
-            try:
-                box = [(act(), None)]
-            except (OSError, ConfigurationError) as error:
-                box = [(None, error)]
+        box: list[Any] = [_attempt(act) if self.rank == 0 else None]
         if self.size > 1:
             dist.broadcast_object_list(box)
-        result, failure = box[0]
-        if failure is not None:
-            raise failure
-        return result
+        return _result(box[0])
 
-    def of_all(self, mine: list[Any]) -> list[Any]:
-        """All ranks' items."""
-        if self.size == 1:
-            return mine
-        shares: list[Any] = [None] * self.size
-        dist.all_gather_object(shares, mine)
-        return [item for share in shares for item in share]
+    def of_all(self, act: Callable[[], list[Any]]) -> list[Any]:
+        """The items that `act` returns on all ranks together; an error on one of them is raised on all."""
+        shares: list[Any] = [_attempt(act)]
+        if self.size > 1:
+            mine, shares = shares[0], [None] * self.size
+            dist.all_gather_object(shares, mine)
+        return [item for share in shares for item in _result(share)]
+
+
+def _attempt(act: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """A result, or the error instead, as it can be sent to other ranks."""
+    try:
+        return act(), None
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:  # one of its own kind, such as a library may have
+            return None, OSError(f"{type(error).__name__}: {error}").with_traceback(error.__traceback__)
+        return None, error
+
+
+def _result(attempt: tuple[Any, Exception | None]) -> Any:
+    result, error = attempt
+    if error is not None:
+        raise error
+    return result
 
 
 def select(path: str | Path, *, alone: bool = False) -> Selected:
@@ -88,31 +100,42 @@ def select(path: str | Path, *, alone: bool = False) -> Selected:
         NoGoodCheckpointError: There are some, all bad; or the one that was named is bad.
     """
     ranks = _Ranks(alone)
-    url, name = split_url(path)
-    store = open_store(url)
-    if ranks.of_first(lambda: is_one(store, name)):
-        problems = _problems(store, name, ranks)
-        if isinstance(problems, Manifest):
-            return Selected(store, name, problems)
-        _report(store, name, problems, ranks)
-        raise NoGoodCheckpointError(f"The checkpoint {url}/{name} cannot be loaded: {_list(problems)}")
+    name = ranks.of_first(lambda: _recovered(path))
+    if name is not None:
+        store = open_store(split_url(path)[0])
+        found = _examine(store, name, ranks)
+        if isinstance(found, Manifest):
+            return Selected(store, name, found)
+        if found is None:
+            raise ranks.of_first(lambda: nothing_there(path))
+        _report(store, name, found, ranks)
+        raise NoGoodCheckpointError(f"The checkpoint {store.url}/{name} cannot be loaded: {_list(found)}")
     store = open_store(path)
     names: list[str] = ranks.of_first(lambda: newest_first(store))
-    if not names:
-        raise ranks.of_first(lambda: nothing_there(path))
     bad: list[str] = []
     for candidate in names:
-        problems = _problems(store, candidate, ranks)
-        if isinstance(problems, Manifest):
+        found = _examine(store, candidate, ranks)
+        if isinstance(found, Manifest):
             if bad and ranks.rank == 0:
-                log.warning("Going on from %s/%s, step %d, instead.", store.url, candidate, problems.step)
-            return Selected(store, candidate, problems)
-        _report(store, candidate, problems, ranks)
-        bad.append(f"  {candidate}: {_list(problems)}")
+                log.warning("Going on from %s/%s, step %d, instead.", store.url, candidate, found.step)
+            return Selected(store, candidate, found)
+        if found is not None:
+            _report(store, candidate, found, ranks)
+            bad.append(f"  {candidate}: {_list(found)}")
+    if not bad:
+        raise ranks.of_first(lambda: nothing_there(path))
     raise NoGoodCheckpointError(
         f"None of the {len(bad)} checkpoints in {path} can be loaded:\n" + "\n".join(bad) + "\nTo start anew, use "
         "another folder or remove them."
     )
+
+
+def _recovered(path: str | Path) -> str | None:
+    """`one_at`, after a commit that was interrupted, there or in the folder `path`, has its end."""
+    open_store(path).recover()
+    if not is_whole_bucket(path):
+        open_store(split_url(path)[0]).recover()
+    return one_at(path)
 
 
 def nothing_there(path: str | Path) -> ConfigurationError:
@@ -133,6 +156,14 @@ def nothing_there(path: str | Path) -> ConfigurationError:
     )
 
 
+def one_at(path: str | Path) -> str | None:
+    """The name of the checkpoint at `path`, be it damaged; None if that is a folder of several, or nothing."""
+    if is_whole_bucket(path):
+        return None
+    url, name = split_url(path)
+    return name if is_one(open_store(url), name) else None
+
+
 def is_one(store: CheckpointStore, name: str) -> bool:
     """Whether there is a checkpoint of this name, be it damaged, or another name of one."""
     return name in store.names() or bool(store.manifest(name))
@@ -151,21 +182,47 @@ def newest_first(store: CheckpointStore) -> list[str]:
     return sorted(store.names(), key=age, reverse=True)
 
 
-def _problems(store: CheckpointStore, name: str, ranks: _Ranks) -> Manifest | list[Problem]:
-    """What all ranks together found wrong with a checkpoint; its manifest if nothing."""
+def _examine(store: CheckpointStore, name: str, ranks: _Ranks) -> Manifest | list[Problem] | None:
+    """What all ranks together found wrong with a checkpoint; its manifest if nothing; None if it was removed just now.
+
+    Rank 0 alone reads the manifest and believes it or not: the others may have another key.
+    """
+    while True:
+        manifest, problems = ranks.of_first(lambda: believe(store, name))
+        if manifest is not None:
+            problems = ranks.of_all(lambda: _find_my_problems(store, name, manifest, ranks))  # noqa: B023  called here
+        if not problems:
+            if ranks.rank == 0 and store.marked(name) is not None:
+                store.mark(name, None)
+            return manifest
+        match ranks.of_first(lambda: became_of(store, name, manifest)):  # noqa: B023
+            case "removed":
+                return None
+            case "stays":
+                return problems
+
+
+def _find_my_problems(store: CheckpointStore, name: str, manifest: Manifest, ranks: _Ranks) -> list[Problem]:
+    return find_problems(store, store.location(name), manifest, share_of(manifest, ranks.rank, ranks.size))
+
+
+def became_of(store: CheckpointStore, name: str, manifest: Manifest | None) -> Literal["stays", "replaced", "removed"]:
+    """What a run has done meanwhile to a checkpoint in which problems were found: only of what stays they are true.
+
+    Args:
+        store: Of the checkpoint.
+        name: Of it.
+        manifest: As it was read before; None if that could not be believed.
+    """
     try:
-        raw = ranks.of_first(lambda: store.manifest(name))
-    except OSError as error:
-        return [Problem(MANIFEST, f"it cannot be read: {error}", damaged=False)]
-    try:
-        manifest = Manifest.from_bytes(raw, secret())
-    except ManifestError as error:
-        return [Problem(MANIFEST, str(error), damaged=error.damaged)]
-    share = share_of(manifest, ranks.rank, ranks.size)
-    problems = ranks.of_all(find_problems(store, store.location(name), manifest, share))
-    if not problems and ranks.rank == 0 and store.marked(name) is not None:
-        store.mark(name, None)
-    return problems or manifest
+        if not is_one(store, name):
+            return "removed"
+        now = uuid_of(store.manifest(name))
+    except OSError:
+        return "stays"
+    if manifest is None:
+        return "replaced" if believe(store, name)[0] is not None else "stays"
+    return "replaced" if now is not None and now != manifest.uuid else "stays"
 
 
 def _report(store: CheckpointStore, name: str, problems: list[Problem], ranks: _Ranks) -> None:

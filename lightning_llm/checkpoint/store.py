@@ -6,14 +6,19 @@ step that either happens or does not; and a name that is in `names()` was commit
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import unquote
 
 from typing_extensions import Buffer
 
 from lightning_llm.checkpoint.digest import FileRecord
 from lightning_llm.checkpoint.manifest import Manifest
+from lightning_llm.errors import ConfigurationError
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)")
 
 
 class CheckpointStore(Protocol):
@@ -47,6 +52,10 @@ class CheckpointStore(Protocol):
 
     def sweep(self) -> None:
         """Removes what runs have left behind that ended in the middle of a save or a removal."""
+        ...
+
+    def recover(self) -> None:
+        """Takes back what a commit that ended in the middle has left out of sight; `sweep` does it too."""
         ...
 
     def names(self) -> list[str]:
@@ -96,8 +105,12 @@ class CheckpointStore(Protocol):
         """A local folder that has these files of a verified checkpoint."""
         ...
 
-    def remove(self, name: str) -> None:
-        """Removes a checkpoint; half of one is never seen.
+    def remove(self, name: str, uuid: str | None = None) -> None:
+        """Removes a checkpoint or an alias; half of one is never seen.
+
+        Args:
+            name: Of it.
+            uuid: Of the manifest that is meant: with another one there, or none, nothing is removed.
 
         Raises:
             ConfigurationError: It is not a checkpoint.
@@ -118,20 +131,52 @@ class CheckpointStore(Protocol):
 
 
 def open_store(url: str | Path) -> CheckpointStore:
-    """The store at a folder or an `s3://bucket/prefix`."""
-    if str(url).startswith("s3://"):
+    """The store at a folder, a `file:///folder` or an `s3://bucket/prefix`.
+
+    Raises:
+        ConfigurationError: It is none of these.
+    """
+    address = _address(url)
+    if isinstance(address, str):
         from lightning_llm.checkpoint.bucket import BucketStore
 
-        return BucketStore(str(url))
+        return BucketStore(address)
     from lightning_llm.checkpoint.folder import FolderStore
 
-    return FolderStore(url)
+    return FolderStore(address)
 
 
 def split_url(url: str | Path) -> tuple[str, str]:
-    """`s3://bucket/run/last.ckpt` -> (`s3://bucket/run`, `last.ckpt`); folders likewise."""
-    if str(url).startswith("s3://"):
-        parent, _, name = str(url).rstrip("/").rpartition("/")
+    """`s3://bucket/run/last.ckpt` -> (`s3://bucket/run`, `last.ckpt`); folders likewise.
+
+    Raises:
+        ConfigurationError: It is neither, or a bucket without a name in it.
+    """
+    address = _address(url)
+    if isinstance(address, str):
+        if is_whole_bucket(address):
+            raise ConfigurationError(f"{url} is a whole bucket and names nothing in it. Write s3://bucket/prefix/name.")
+        parent, _, name = address.rstrip("/").rpartition("/")
         return parent, name
-    path = Path(url).expanduser().absolute()
-    return str(path.parent), path.name
+    return str(address.parent), address.name
+
+
+def is_whole_bucket(url: str | Path) -> bool:
+    """Whether it is `s3://bucket`, which can have checkpoints in it and cannot be one."""
+    return str(url).startswith("s3://") and "/" not in str(url).removeprefix("s3://").rstrip("/")
+
+
+def _address(url: str | Path) -> str | Path:
+    """The text of an S3 address, or a folder."""
+    scheme = _SCHEME.match(str(url))
+    if scheme is None:
+        return Path(url).expanduser().absolute()
+    rest = str(url)[scheme.end() :]
+    if scheme.groups() == ("s3", "//"):
+        return str(url)
+    if scheme[1] == "file" and len(scheme[2]) != 2:
+        return Path("/", unquote(rest))
+    raise ConfigurationError(
+        f"{url} is no place for checkpoints. It is a folder, file:///folder or s3://bucket/prefix (as text: a Path "
+        "makes one slash of two)."
+    )

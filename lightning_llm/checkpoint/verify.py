@@ -120,22 +120,30 @@ def compare(file: str, expected: FileRecord, actual: FileRecord, algorithm: str,
     return None
 
 
-def verify(store: CheckpointStore, name: str) -> list[Problem]:
-    """All that is wrong with a committed checkpoint; an empty list if it can be loaded."""
+def believe(store: CheckpointStore, name: str) -> tuple[Manifest | None, list[Problem]]:
+    """A checkpoint's manifest, or what is wrong with that."""
     try:
-        manifest = read_manifest(store, name)
+        return read_manifest(store, name), []
     except ManifestError as error:
-        return [Problem(MANIFEST, str(error), damaged=error.damaged)]
+        return None, [Problem(MANIFEST, str(error), damaged=error.damaged)]
     except OSError as error:
-        return [Problem(MANIFEST, f"it cannot be read: {error}", damaged=False)]
-    return find_problems(store, store.location(name), manifest)
+        return None, [Problem(MANIFEST, f"it cannot be read: {error}", damaged=False)]
 
 
-def share_of(files: Manifest, rank: int, world_size: int) -> list[str]:
+def verify(store: CheckpointStore, name: str) -> list[Problem]:
+    """All that is wrong with a committed checkpoint; an empty list if it can be loaded.
+
+    For programs that have a store at hand; on the command line it is `lightning-llm verify`.
+    """
+    manifest, problems = believe(store, name)
+    return problems if manifest is None else find_problems(store, store.location(name), manifest)
+
+
+def share_of(manifest: Manifest, rank: int, world_size: int) -> list[str]:
     """The files that one of several ranks should verify, so that all have about the same number of bytes."""
     shares = [0] * world_size
     mine = []
-    for file, record in sorted(files.files.items(), key=lambda item: -item[1].size):
+    for file, record in sorted(manifest.files.items(), key=lambda item: -item[1].size):
         least = shares.index(min(shares))
         shares[least] += record.size
         if least == rank:

@@ -1,12 +1,14 @@
 """The process that writes a rank's file while training goes on, and the end of it that training holds.
 
 It imports no torch, so it starts in a moment and is small; it gets the file's content through shared memory and orders
-as lines of JSON. If it dies or hangs, the next order starts another one: the content is still there.
+as lines of JSON. What a library may print goes where errors go, not among the answers. If it dies or hangs, the next
+order starts another one: the content is still there.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import mmap
 import os
 import random
@@ -16,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,17 +30,23 @@ from lightning_llm.checkpoint.store import CheckpointStore, open_store
 Verify = Literal["full", "sample", "none"]
 SAMPLE_SIZE = 1 << 20  # bytes of a block that "sample" reads back
 MOST_SAMPLES = 32  # such blocks of a file, beside its first
+FAREWELL = 10.0  # seconds that a process gets to end once it was killed
 _CHOICE = random.SystemRandom()  # a run that saves must draw what it would have drawn without
 
 # The package's face imports torch and Lightning, which this process has no use for: a bare package takes its place.
 _START = """
-import sys, types
+import os, sys, types
+answers = os.dup(1)
+os.dup2(2, 1)
 package = types.ModuleType("lightning_llm")
 package.__path__ = [sys.argv[1]]
 sys.modules["lightning_llm"] = package
 from lightning_llm.checkpoint.worker import serve
-serve(int(sys.argv[2]), int(sys.argv[3]))
+serve(int(sys.argv[2]), int(sys.argv[3]), answers)
 """
+
+
+log = logging.getLogger(__name__)
 
 
 class WriteError(OSError):
@@ -144,7 +153,7 @@ class Worker:
             return
         package = Path(__file__).parent.parent
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _START, str(package), str(self._descriptor), str(os.getpid())],
+            [sys.executable, "-P", "-c", _START, str(package), str(self._descriptor), str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pass_fds=[self._descriptor],
@@ -176,8 +185,8 @@ class Worker:
         except BrokenPipeError:
             line = b""
         if not line:
-            code = process.wait()
-            raise WriteError(f"the process that writes checkpoints died with exit code {code}")
+            self.stop()
+            raise WriteError(f"the process that writes checkpoints died with exit code {process.returncode}")
         return json.loads(line)
 
     def _read_line(self, process: subprocess.Popen[bytes]) -> bytes:
@@ -195,19 +204,31 @@ class Worker:
         return line
 
     def stop(self) -> None:
-        """Ends the process."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            for stream in (self._process.stdin, self._process.stdout):
-                if stream is not None:
-                    stream.close()
-            self._process = None
+        """Ends the process. One that waits for a disk or server that is gone may not end: then it is given up."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.kill()
+        try:
+            process.wait(FAREWELL)
+        except subprocess.TimeoutExpired:
+            log.warning("The process %d, which writes checkpoints, does not end: the storage hangs.", process.pid)
+        for stream in (process.stdin, process.stdout):
+            assert stream is not None
+            with suppress(BrokenPipeError):  # an order that was not sent
+                stream.close()
 
 
-def serve(descriptor: int, parent: int) -> None:
-    """The process's whole life: takes orders from standard input, answers on standard output."""
+def serve(descriptor: int, parent: int, answers: int) -> None:
+    """The process's whole life.
+
+    Args:
+        descriptor: Of the shared memory.
+        parent: Process that orders on standard input.
+        answers: Descriptor that it reads the answers from.
+    """
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    to_parent = os.fdopen(answers, "wb")
     stores: dict[str, CheckpointStore] = {}
     for line in sys.stdin.buffer:
         order = json.loads(line)
@@ -221,8 +242,8 @@ def serve(descriptor: int, parent: int) -> None:
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}", "errno": getattr(error, "errno", None)}
         try:
-            sys.stdout.write(json.dumps(answer) + "\n")
-            sys.stdout.flush()
+            to_parent.write(json.dumps(answer).encode() + b"\n")
+            to_parent.flush()
         except BrokenPipeError:  # the parent is gone
             os._exit(1)
 

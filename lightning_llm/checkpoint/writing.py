@@ -23,7 +23,7 @@ from lightning_llm.checkpoint.encoding import encode
 from lightning_llm.checkpoint.files import make_header
 from lightning_llm.checkpoint.lazy import Box, LazyTensor, consecutive_boxes, whole
 from lightning_llm.checkpoint.manifest import Manifest, secret
-from lightning_llm.checkpoint.planning import DTYPE_NAMES, Block, rank_file
+from lightning_llm.checkpoint.planning import Block, dtype_name, make_index, rank_file
 from lightning_llm.checkpoint.staging import bytes_of, layout, stream
 from lightning_llm.checkpoint.store import CheckpointStore, open_store, split_url
 from lightning_llm.checkpoint.worker import write_and_check
@@ -91,9 +91,8 @@ def write_checkpoint(path: str | Path, content: Content, *, ranks: int = 1) -> M
     """
     if ranks < 1:
         raise ConfigurationError(f"ranks={ranks} must be at least 1: it is the number of files.")
-    strange = [f"{name} ({t.dtype})" for name, t in content.tensors.items() if t.dtype not in DTYPE_NAMES]
-    if strange:
-        raise ConfigurationError(f"safetensors has no word for the type of {len(strange)} tensors: {strange[:3]}.")
+    for tensor in content.tensors:
+        dtype_name(tensor, content.tensors[tensor].dtype)
     url, name = split_url(path)
     store = open_store(url)
     if store.manifest(name) or name in store.names():
@@ -113,6 +112,7 @@ def write_checkpoint(path: str | Path, content: Content, *, ranks: int = 1) -> M
 
 def _write(store: CheckpointStore, location: str, content: Content, ranks: int) -> Manifest:
     shares = share_out(content.tensors, ranks)
+    index = make_index({name: (tensor.dtype, tensor.shape) for name, tensor in content.tensors.items()}, shares)
     trainer_tensors: dict[str, Tensor] = {}
     misplaced: dict[str, Tensor] = {}
     trainer = {
@@ -125,7 +125,7 @@ def _write(store: CheckpointStore, location: str, content: Content, ranks: int) 
     for rank, blocks in enumerate(shares):
         own = content.ranks[rank] if rank < len(content.ranks) else {}
         files[rank_file(rank)] = _rank_file(blocks, content.tensors, own)
-    files[INDEX] = iter([json.dumps(_index(content.tensors, shares), separators=(",", ":")).encode()])
+    files[INDEX] = iter([json.dumps(index, separators=(",", ":")).encode()])
     files[TRAINER] = iter([json.dumps(trainer).encode()])
     if trainer_tensors:
         files[TRAINER_TENSORS] = stream(trainer_tensors, {})
@@ -167,17 +167,6 @@ def share_out(tensors: Mapping[str, LazyTensor], ranks: int) -> list[list[Block]
                 shares[rank].append(Block(name, *box, whole=box.shape == tensor.shape))
         position += tensor.nbytes
     return shares
-
-
-def _index(tensors: Mapping[str, LazyTensor], shares: list[list[Block]]) -> dict[str, Any]:
-    index: dict[str, Any] = {
-        name: {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "blocks": []}
-        for name, tensor in tensors.items()
-    }
-    for rank, blocks in enumerate(shares):
-        for block in blocks:
-            index[block.tensor]["blocks"].append([rank, list(block.offsets), list(block.shape)])
-    return index
 
 
 def _rank_file(blocks: list[Block], tensors: Mapping[str, LazyTensor], own: Mapping[str, Any]) -> Iterator[Buffer]:

@@ -67,6 +67,7 @@ def register(
     metrics: Mapping[str, float] | None = None,
     checkpoint: str | Path | None = None,
     run: str | None = None,
+    lineage: Lineage | None = None,
     aliases: Iterable[str] = (),
 ) -> ModelVersion:
     """Registers an exported folder, with its lineage read from the checkpoint that it was exported from.
@@ -78,6 +79,7 @@ def register(
         metrics: Numbers that were measured on it.
         checkpoint: Where it comes from; uuid and step are in its manifest.
         run: Name or id of the training run.
+        lineage: All of it, where that is known: of a checkpoint in a bucket no manifest is read here.
         aliases: Names to move to it.
 
     Returns:
@@ -85,5 +87,8 @@ def register(
     """
     if not isinstance(registry, ModelRegistry):
         registry = open_registry(registry)
-    lineage = Lineage(run=run) if checkpoint is None else Lineage.of_checkpoint(checkpoint, run)
+    if lineage is None:
+        lineage = Lineage(run=run) if checkpoint is None else Lineage.of_checkpoint(checkpoint, run)
+    elif checkpoint is not None or run is not None:
+        raise ConfigurationError("Give lineage=..., or checkpoint=... and run=..., of which it is made.")
     return registry.register(name, folder, metrics=metrics, lineage=lineage, aliases=aliases)

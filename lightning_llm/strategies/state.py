@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
+from lightning_llm.checkpoint.assets import module_assets
 from lightning_llm.checkpoint.module_state import collect, model_state, optimizer_state, restore
+from lightning_llm.checkpoint.planning import rank_file
 from lightning_llm.checkpoint.random_state import derived_state, random_state, set_random_state
 from lightning_llm.checkpoint.reading import Checkpoint
-from lightning_llm.checkpoint.run_config import write_run_config
 from lightning_llm.checkpoint.saver import CheckpointSaver, RunState
 from lightning_llm.checkpoint.store import open_store, split_url
 from lightning_llm.strategies.mesh import ParallelDims
@@ -73,16 +74,8 @@ class ShardedState(ProcessGrid):
             names=[name for name, _ in self.lightning_module.named_parameters(remove_duplicate=False)],
             mesh=self.mesh_sizes(),
             rank={"random": random_state()},
-            write_assets=self._write_assets,
+            write_assets=module_assets(self.lightning_module.trainer),
         )
-
-    def _write_assets(self, folder: Path) -> None:
-        """What the module wants beside its weights, and the run's configuration."""
-        assert self.lightning_module is not None
-        write = getattr(self.lightning_module, "write_assets", None)
-        if callable(write):
-            write(folder)
-        write_run_config(self.lightning_module.trainer, folder)
 
     def mesh_sizes(self) -> dict[str, int]:
         """Sizes of the parallel axes by their arguments' names."""
@@ -110,26 +103,28 @@ class ShardedState(ProcessGrid):
         optimizers = self.optimizers if fitting else []
         restore(checkpoint, self.lightning_module, optimizers, self._aliases())
         self.restored_from = checkpoint.path
+        if fitting:
+            rank_zero_info(f"Going on from {checkpoint.path}, step {checkpoint.manifest.step}")
         self._random_state = self._saved_random_state(checkpoint) if fitting else None
         return checkpoint.trainer_state()
 
     def _saved_random_state(self, checkpoint: Checkpoint) -> dict[str, Any] | None:
         """Where this rank's random generators go on.
 
-        In the layout that was saved, where they were. In another one every rank takes the state of the first saved rank
-        with its data coordinate, so that ranks that share samples draw alike; a data coordinate that the saved run had
-        not gets a state of its own, derived from that of the first.
+        In the layout that was saved, where they were. In another one, or where `reshard` has left fewer files than
+        ranks saved, every rank takes the state of the first saved rank with its data coordinate, so that ranks that
+        share samples draw alike; a data coordinate that is not there gets a state of its own, derived from that of the
+        first.
         """
-        manifest, rank = checkpoint.manifest, self.global_rank
-        data_rank = self.meshes.dims.data_rank(rank)
-        if dict(manifest.mesh) != self.mesh_sizes():
-            saved = ParallelDims(**manifest.mesh) if manifest.mesh else ParallelDims.resolve(manifest.world_size)
+        manifest, data_rank = checkpoint.manifest, self.meshes.dims.data_rank(self.global_rank)
+        saved = ParallelDims(**manifest.mesh) if manifest.mesh else ParallelDims.resolve(manifest.world_size)
+        candidates = [self.global_rank] if dict(manifest.mesh) == self.mesh_sizes() else []
+        if data_rank < saved.data_parallel_size:
             # Stages and replicas come first in the grid of ranks, so this is the first rank with that coordinate.
-            rank = data_rank * saved.context_parallel_size * saved.tensor_parallel_size
-            if data_rank >= saved.data_parallel_size:
-                rank = manifest.world_size
-        if rank < manifest.world_size:
-            return checkpoint.rank_state(rank).get("random")
+            candidates.append(data_rank * saved.context_parallel_size * saved.tensor_parallel_size)
+        for rank in candidates:
+            if rank_file(rank) in manifest.files:
+                return checkpoint.rank_state(rank).get("random")
         first = checkpoint.rank_state(0).get("random")
         return derived_state(first, data_rank) if first is not None else None
 

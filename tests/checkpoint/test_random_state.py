@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_llm import LLM3DStrategy
 from lightning_llm.checkpoint.random_state import derived_state, random_state, set_random_state
+from lightning_llm.checkpoint.reshard import reshard
 from tests.checkpoint.stories import equal
 from tests.distributed import run_distributed
 from tests.strategies.training import TokenRows, loader, make_module, make_trainer
@@ -72,6 +73,19 @@ def test_other_layouts_take_the_state_of_the_same_data_rank(tmp_path: Path) -> N
     assert equal(four[:2], [saved[0], saved[2]])
     assert equal(four, again), "new data ranks start where the checkpoint says, not where this process was"
     assert not any(equal(four[rank], other) for rank in (2, 3) for other in [*saved, four[5 - rank]])
+
+
+def test_fewer_files_than_ranks_saved(tmp_path: Path) -> None:
+    """Resharded, and resumed in the layout that was saved: ranks without a file draw as those do that they share with."""
+    saved = run_distributed(first_state, 4, 4, TP2, tmp_path / "saved", False)
+    for ranks, known in ((1, [0, 0, None, None]), (3, [0, 1, 2, 2])):
+        reshard(tmp_path / "saved", tmp_path / f"new-{ranks}", ranks=ranks)
+        found = run_distributed(first_state, 4, 4, TP2, tmp_path / f"new-{ranks}")
+        for state, source in zip(found, known, strict=True):
+            assert equal(state, saved[source]) if source is not None else not any(equal(state, s) for s in saved)
+        assert equal(found[2], found[3])
+    reshard(tmp_path / "saved", tmp_path / "more", ranks=5)
+    assert equal(run_distributed(first_state, 4, 4, TP2, tmp_path / "more"), saved)
 
 
 def test_derived_states_are_states() -> None:

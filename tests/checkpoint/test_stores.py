@@ -16,6 +16,7 @@ from lightning_llm.checkpoint import folder
 from lightning_llm.checkpoint.bucket import BucketStore
 from lightning_llm.checkpoint.digest import ALGORITHMS, CHUNK_SIZE, digest_of
 from lightning_llm.checkpoint.folder import FolderStore
+from lightning_llm.checkpoint.manifest import Manifest
 from lightning_llm.checkpoint.store import open_store, split_url
 from lightning_llm.checkpoint.verify import verify
 from lightning_llm.errors import ConfigurationError
@@ -132,6 +133,38 @@ def test_removal(store: Store) -> None:
     store.remove(NAME)
 
 
+def test_removal_of_what_was_replaced_meanwhile(store: Store) -> None:
+    """A removal may be due after others: what has the name by then may be another checkpoint."""
+    before, after = (Manifest.from_bytes(save(store, NAME, contents)).uuid for contents in (OLD, NEW))
+    store.remove(NAME, before)
+    assert load(store, NAME) == NEW
+    store.remove(NAME, after)
+    assert store.names() == []
+    store.remove(NAME, after)
+    save(store, NAME, OLD, b"damaged")
+    store.remove(NAME, after)
+    assert store.names() == [NAME]
+
+
+@pytest.mark.parametrize(
+    "url", ["gs://bucket/run/x", "memory://run/x", "http://host/x", "s3:/bucket/x", "file://host/x"]
+)
+def test_an_address_of_no_store(url: str) -> None:
+    for act in (open_store, split_url):
+        with pytest.raises(ConfigurationError, match="s3://bucket/prefix"):
+            act(url)
+
+
+def test_addresses() -> None:
+    for bucket in ("s3://bucket", "s3://bucket/"):
+        with pytest.raises(ConfigurationError, match="s3://bucket/prefix/name"):
+            split_url(bucket)
+    assert split_url("s3://bucket/name/") == ("s3://bucket", "name")
+    assert split_url("file:///a%20b/name") == ("/a b", "name")
+    assert open_store("file:///a/b").url == "/a/b" == open_store(Path("/a/b")).url
+    assert split_url("/a/step=1-val:2.ckpt") == ("/a", "step=1-val:2.ckpt")
+
+
 def test_what_was_not_made_here_is_not_touched(store: Store) -> None:
     put_foreign(store, "data/tokens.bin")
     put_foreign(store, "notes/2026/today.txt")
@@ -140,6 +173,8 @@ def test_what_was_not_made_here_is_not_touched(store: Store) -> None:
     for name in ("data", "notes"):
         with pytest.raises(ConfigurationError, match="not a checkpoint"):
             store.create(name, uuid.uuid4().hex)
+        with pytest.raises(ConfigurationError, match="not a checkpoint"):
+            store.alias(name, NAME)
         with pytest.raises(ConfigurationError, match="not a checkpoint"):
             store.remove(name)
     store.sweep()
@@ -304,6 +339,7 @@ def test_killed_at_any_point(killed_store: Store, change: str, points: str, tmp_
     for line in range(1, lines + 1, stride):
         assert in_process(anew) == 0
         assert killed_at(line, lambda: act(store)), f"{line} of {lines}"
+        store.recover()
         for name in store.names():
             assert verify(store, name) == [], f"{name} at {line} of {lines}"
         seen.append(contents())
