@@ -7,7 +7,7 @@ writes in the background starts in a moment because it does not import it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,11 +83,3 @@ def flat(buffer: Buffer) -> memoryview:
     """A buffer's bytes in one dimension."""
     view = memoryview(buffer)
     return view.cast("B") if view.nbytes else memoryview(b"")  # `cast` refuses a shape with a zero
-
-
-def digest_of(buffers: Iterable[Buffer], algorithm: str, chunk_size: int = CHUNK_SIZE) -> FileRecord:
-    """The record of a file with this content."""
-    digester = Digester(algorithm, chunk_size)
-    for buffer in buffers:
-        digester.update(buffer)
-    return digester.record()

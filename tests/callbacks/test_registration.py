@@ -51,6 +51,4 @@ def test_a_whole_state_with_what_belongs_to_it(tmp_path: Path) -> None:
 
 def test_lineage_is_given_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="lineage"):
-        register(
-            tmp_path, "model", registry=str(tmp_path / "r"), checkpoint="here", lineage=Lineage(checkpoint="there")
-        )
+        register(tmp_path, "model", registry=tmp_path / "r", checkpoint="here", lineage=Lineage(step=1))

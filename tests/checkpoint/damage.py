@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from lightning_llm.checkpoint.digest import digest_of
 from lightning_llm.checkpoint.manifest import MANIFEST, Manifest
+from tests.checkpoint.digests import digest_of
 
 
 def flip_bit(path: Path, position: int, bit: int = 0) -> None:

@@ -15,9 +15,9 @@ from typing import Any
 
 from lightning_llm.checkpoint import bucket, files, folder, objects
 from lightning_llm.checkpoint.bucket import BucketStore
-from lightning_llm.checkpoint.digest import digest_of
 from lightning_llm.checkpoint.folder import FolderStore
 from lightning_llm.checkpoint.manifest import MANIFEST, Manifest
+from tests.checkpoint.digests import digest_of
 
 CHUNK_SIZE = 1000  # bytes, so that small files have several chunks
 Store = FolderStore | BucketStore

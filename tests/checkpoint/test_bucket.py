@@ -19,11 +19,11 @@ import pytest
 from lightning_llm.checkpoint import bucket as bucket_module
 from lightning_llm.checkpoint import objects
 from lightning_llm.checkpoint.bucket import COMMIT, DRAFT, BucketStore
-from lightning_llm.checkpoint.digest import digest_of
 from lightning_llm.checkpoint.manifest import MANIFEST
 from lightning_llm.checkpoint.store import open_store
 from lightning_llm.checkpoint.verify import verify
 from lightning_llm.errors import ConfigurationError
+from tests.checkpoint.digests import digest_of
 from tests.checkpoint.stores import damage, everything, in_process, leftovers, load, manifest_of, save
 
 NAME = "step=1.ckpt"

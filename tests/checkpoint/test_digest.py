@@ -10,7 +10,8 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_llm.checkpoint.digest import ALGORITHMS, CHUNK_SIZE, Digester, FileRecord, digest_of
+from lightning_llm.checkpoint.digest import ALGORITHMS, CHUNK_SIZE, Digester, FileRecord
+from tests.checkpoint.digests import digest_of
 
 CONTENT = st.binary(max_size=300)
 CHUNK = st.integers(1, 64)

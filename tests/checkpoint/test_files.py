@@ -14,7 +14,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_llm.checkpoint.digest import digest_of
 from lightning_llm.checkpoint.files import (
     ALIGNMENT,
     WRITE_SIZE,
@@ -24,6 +23,7 @@ from lightning_llm.checkpoint.files import (
     read_header,
     write_file,
 )
+from tests.checkpoint.digests import digest_of
 
 
 def entries_of(tensors: dict[str, np.ndarray]) -> list[TensorEntry]:

@@ -11,8 +11,9 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_llm.checkpoint.digest import FileRecord, digest_of
+from lightning_llm.checkpoint.digest import FileRecord
 from lightning_llm.checkpoint.manifest import KEY_VARIABLE, Manifest, ManifestError, secret
+from tests.checkpoint.digests import digest_of
 from tests.checkpoint.stores import manifest_of
 
 HEX = st.text("0123456789abcdef", min_size=32, max_size=32)

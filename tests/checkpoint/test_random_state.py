@@ -76,7 +76,7 @@ def test_other_layouts_take_the_state_of_the_same_data_rank(tmp_path: Path) -> N
 
 
 def test_fewer_files_than_ranks_saved(tmp_path: Path) -> None:
-    """Resharded, and resumed in the layout that was saved: ranks without a file draw as those do that they share with."""
+    """Resharded, and resumed in the layout that was saved: a rank without a file draws as those that it shares with."""
     saved = run_distributed(first_state, 4, 4, TP2, tmp_path / "saved", False)
     for ranks, known in ((1, [0, 0, None, None]), (3, [0, 1, 2, 2])):
         reshard(tmp_path / "saved", tmp_path / f"new-{ranks}", ranks=ranks)

@@ -14,12 +14,13 @@ import pytest
 
 from lightning_llm.checkpoint import folder
 from lightning_llm.checkpoint.bucket import BucketStore
-from lightning_llm.checkpoint.digest import ALGORITHMS, CHUNK_SIZE, digest_of
+from lightning_llm.checkpoint.digest import ALGORITHMS, CHUNK_SIZE
 from lightning_llm.checkpoint.folder import FolderStore
 from lightning_llm.checkpoint.manifest import Manifest
 from lightning_llm.checkpoint.store import open_store, split_url
 from lightning_llm.checkpoint.verify import verify
 from lightning_llm.errors import ConfigurationError
+from tests.checkpoint.digests import digest_of
 from tests.checkpoint.stores import (
     Store,
     everything,
