@@ -26,8 +26,10 @@ from lightning_llm.callbacks._lightning import checkpoint_folder, dump_checkpoin
 from lightning_llm.callbacks.bucket_files import register_bucket_files
 from lightning_llm.callbacks.housekeeping import Housekeeping, PendingSave, attempt, place_of
 from lightning_llm.callbacks.registration import register_checkpoint
+from lightning_llm.checkpoint.assets import module_assets
 from lightning_llm.checkpoint.plugin import VerifiedCheckpointIO, collect_whole
-from lightning_llm.checkpoint.saver import CheckpointSaver, Outcome
+from lightning_llm.checkpoint.random_state import random_state
+from lightning_llm.checkpoint.saver import CheckpointSaver, Outcome, check_numbers
 from lightning_llm.checkpoint.selection import newest_step
 from lightning_llm.checkpoint.store import open_store, split_url
 from lightning_llm.checkpoint.worker import Verify
@@ -113,6 +115,7 @@ class AsyncDistributedCheckpoint(ModelCheckpoint):
         _check_choice("verify", verify, ("full", "sample", "none"))
         _check_choice("when_busy", when_busy, ("wait", "skip"))
         _check_choice("on_failure", on_failure, ("retry", "warn", "raise"))
+        check_numbers(retries, backoff, timeout)
         if max_failures < 1:
             raise ConfigurationError(f"max_failures={max_failures} must be at least 1.")
         if dirpath is not None and str(dirpath).startswith("s3://"):
@@ -166,6 +169,9 @@ class AsyncDistributedCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._started = (time.monotonic(), trainer.global_step)
+        checkpoint_io = trainer.strategy.checkpoint_io
+        if isinstance(checkpoint_io, VerifiedCheckpointIO) and trainer.is_global_zero:
+            checkpoint_io.restore_random_state()
         restored = self._restored_from(trainer)
         if restored is not None and split_url(restored)[0] == str(self.dirpath) and restored not in self._kept:
             self._kept.append(restored)
@@ -292,7 +298,11 @@ class AsyncDistributedCheckpoint(ModelCheckpoint):
         if self._saver is None and (sharded or trainer.is_global_zero):
             self._saver = CheckpointSaver(strategy.root_device, alone=not sharded, **self._settings)
         if self._saver is not None:
-            state = strategy.run_state(checkpoint) if isinstance(strategy, ShardedState) else collect_whole(checkpoint)
+            if isinstance(strategy, ShardedState):
+                state = strategy.run_state(checkpoint)
+            else:
+                own = {"random": random_state()}
+                state = collect_whole(checkpoint, write_assets=module_assets(trainer), rank=own)
             with suppress(CheckpointError):  # in the foreground: `finished` tells it too
                 self._saver.save(state, filepath)
         flight.blocked = time.monotonic() - flight.due

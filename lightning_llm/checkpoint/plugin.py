@@ -15,6 +15,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_llm.checkpoint.encoding import decode, encode
+from lightning_llm.checkpoint.random_state import set_random_state
 from lightning_llm.checkpoint.reading import Checkpoint
 from lightning_llm.checkpoint.saver import CheckpointSaver, RunState
 from lightning_llm.checkpoint.store import open_store, split_url
@@ -56,14 +57,14 @@ class VerifiedCheckpointIO(CheckpointIO):
     """Saves folders of safetensors with a manifest, and loads nothing that does not match it.
 
     Lightning hands it the state and nothing else. So what it saves by itself has no assets of the module (`export`
-    needs `config.json`), and what it loads leaves random generators alone: they would have to be set after all that a
-    run sets up, where a CheckpointIO is not called.
+    needs `config.json`) and no random generators; `AsyncDistributedCheckpoint` adds both under these strategies too.
 
     Attributes:
         restored_from: The checkpoint that was loaded last.
     """
 
     restored_from: str | None = None
+    _random_state: dict[str, Any] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Saves a checkpoint; Lightning calls it on rank 0."""
@@ -82,6 +83,7 @@ class VerifiedCheckpointIO(CheckpointIO):
         checkpoint = Checkpoint.open(path)
         self.restored_from = checkpoint.path
         rank_zero_info(f"Going on from {checkpoint.path}, step {checkpoint.manifest.step}")
+        self._random_state = checkpoint.rank_state(0).get("random")
         state = checkpoint.trainer_state()
         tensors = _Tensors(checkpoint, map_location)
         if OPTIMIZERS in state:
@@ -92,6 +94,12 @@ class VerifiedCheckpointIO(CheckpointIO):
             if name.startswith("model.")
         }
         return state
+
+    def restore_random_state(self) -> None:
+        """Puts the random generators where those of the process that saved were. For when all is set up."""
+        if self._random_state is not None:
+            set_random_state(self._random_state)
+            self._random_state = None
 
     def remove_checkpoint(self, path: Any) -> None:
         """Removes a checkpoint."""

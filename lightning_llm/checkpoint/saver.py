@@ -90,6 +90,17 @@ class Outcome:
     written: float
 
 
+def check_numbers(retries: int, backoff: float, timeout: float) -> None:
+    """Refuses settings of a `CheckpointSaver` that are out of range.
+
+    Raises:
+        ConfigurationError: One is; it is named.
+    """
+    for name, number, least in (("retries", retries, 0), ("backoff", backoff, 0), ("timeout", timeout, 0.1)):
+        if number < least:
+            raise ConfigurationError(f"{name}={number} must be at least {least}.")
+
+
 class CheckpointSaver:
     """Saves checkpoints, one at a time. Every rank has one and calls it as the others do.
 
@@ -117,9 +128,7 @@ class CheckpointSaver:
         backoff: float = 1.0,
         timeout: float = 1800.0,
     ) -> None:
-        for name, number, least in (("retries", retries, 0), ("backoff", backoff, 0), ("timeout", timeout, 0.1)):
-            if number < least:
-                raise ConfigurationError(f"{name}={number} must be at least {least}.")
+        check_numbers(retries, backoff, timeout)
         several = dist.is_available() and dist.is_initialized() and not alone
         self.rank = dist.get_rank() if several else 0
         self.world_size = dist.get_world_size() if several else 1

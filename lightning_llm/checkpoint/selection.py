@@ -131,11 +131,12 @@ def select(path: str | Path, *, alone: bool = False) -> Selected:
 
 
 def _recovered(path: str | Path) -> str | None:
-    """`one_at`, after a commit that was interrupted, there or in the folder `path`, has its end."""
+    """`one_at`, by its own name if it has others, after a commit that was interrupted has its end."""
     open_store(path).recover()
     if not is_whole_bucket(path):
         open_store(split_url(path)[0]).recover()
-    return one_at(path)
+    name = one_at(path)
+    return name if name is None else open_store(split_url(path)[0]).aliases().get(name, name)
 
 
 def nothing_there(path: str | Path) -> ConfigurationError:

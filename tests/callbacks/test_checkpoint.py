@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_llm import Decoder
 from lightning_llm.callbacks import AsyncDistributedCheckpoint
+from lightning_llm.checkpoint.export import export
 from lightning_llm.checkpoint.folder import FolderStore
 from lightning_llm.checkpoint.reading import Checkpoint
 from lightning_llm.checkpoint.saver import CheckpointSaver, RunState
@@ -348,3 +349,4 @@ def test_lightnings_own_strategies_save_the_same_way(tmp_path: Path, strategy: s
     assert resumed == whole and len(whole) == 3
     assert left == ["step=3.ckpt", "step=6.ckpt"], "the one that it was resumed from stays"
     assert verify(FolderStore(tmp_path / "run"), "step=6.ckpt") == []
+    assert export(tmp_path / "run" / "step=6.ckpt", tmp_path / "model").is_dir()
