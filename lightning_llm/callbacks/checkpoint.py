@@ -349,7 +349,9 @@ class AsyncDistributedCheckpoint(ModelCheckpoint):
         folders = [checkpoint_folder(callback, trainer) for callback in callbacks]
         newest = max(folders, key=newest_step)
         mine = checkpoint_folder(self, trainer)
-        return {mine} if mine == newest and open_store(mine).names() else set()
+        store = open_store(mine)
+        store.recover()  # a commit that was interrupted, before Lightning asks whether there is anything
+        return {mine} if mine == newest and store.names() else set()
 
     # -- what became of it --
 
@@ -418,7 +420,8 @@ class AsyncDistributedCheckpoint(ModelCheckpoint):
         self._housekeeping.submit(flight.tidy)
 
     def _register(self, path: str, metrics: dict[str, float]) -> None:
-        name = self.registry_name or Path(split_url(str(self.dirpath))[0]).name
+        folder = str(self.dirpath).rstrip("/")
+        name = self.registry_name or folder.split("/")[-2 if folder.count("/") > 2 else -1]
         version = register_checkpoint(path, name, self.registry, metrics)
         rank_zero_info(f"Registered {path} as {name} version {version.version}")
 
