@@ -420,8 +420,7 @@ class AsyncDistributedCheckpoint(ModelCheckpoint):
         self._housekeeping.submit(flight.tidy)
 
     def _register(self, path: str, metrics: dict[str, float]) -> None:
-        folder = str(self.dirpath).rstrip("/")
-        name = self.registry_name or folder.split("/")[-2 if folder.count("/") > 2 else -1]
+        name = self.registry_name or Path(str(self.dirpath)).parent.name.rstrip(":")
         version = register_checkpoint(path, name, self.registry, metrics)
         rank_zero_info(f"Registered {path} as {name} version {version.version}")
 
