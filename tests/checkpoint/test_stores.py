@@ -319,7 +319,7 @@ def killed_store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: py
 def test_killed_at_any_point(killed_store: Store, change: str, points: str, tmp_path: Path) -> None:
     """Whatever line of the stores' code it is that a process does not come to: before or after, and nothing else."""
     store = killed_store
-    stride = {"some": 37, "most": 3}[points] if isinstance(store, BucketStore) else {"some": 11, "most": 1}[points]
+    stride = {"some": 111, "most": 3}[points] if isinstance(store, BucketStore) else {"some": 11, "most": 1}[points]
     prepare, act = CHANGES[change].prepare, CHANGES[change].act
     names = (NAME, "target", "next")
 
