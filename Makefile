@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all check format bench axes docs clean
+.PHONY: help setup demo test test-all check format bench bench-checkpoint axes docs clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,7 +19,7 @@ CORPUS_ARGUMENTS = $(if $(CORPUS),"$(CORPUS)","$(STDLIB)" --exclude test tests i
 RUN := runs/demo
 
 help: ## list what can be done
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv with everything pinned (a second call does nothing)
 
@@ -68,6 +68,9 @@ format: setup ## put every file into the one format
 
 bench: setup ## what our strategy costs over a bare torch loop
 	@$(BIN)/python benchmarks/train_overhead.py
+
+bench-checkpoint: setup ## what a checkpoint costs, beside torch.distributed.checkpoint
+	@$(BIN)/python benchmarks/checkpoint.py
 
 axes: setup ## what each parallel axis costs: pipeline bubbles, bytes of every collective, both beside theory
 	@$(BIN)/python benchmarks/axes.py
