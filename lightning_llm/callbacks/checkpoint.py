@@ -237,6 +237,7 @@ class AsyncDistributedCheckpoint(ModelCheckpoint):
     def _save_topk_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         if self._may_save(trainer):
             super()._save_topk_checkpoint(trainer, monitor_candidates)
+            self._due = None  # it may not have been among the best
 
     @override
     def _save_last_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
