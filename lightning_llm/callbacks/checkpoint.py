@@ -25,6 +25,7 @@ from typing_extensions import override
 from lightning_llm.callbacks._lightning import checkpoint_folder, dump_checkpoint
 from lightning_llm.callbacks.bucket_files import register_bucket_files
 from lightning_llm.callbacks.housekeeping import Housekeeping, PendingSave, attempt, place_of
+from lightning_llm.callbacks.interval import IntervalAdvice
 from lightning_llm.callbacks.registration import register_checkpoint
 from lightning_llm.checkpoint.assets import module_assets
 from lightning_llm.checkpoint.plugin import VerifiedCheckpointIO, collect_whole
@@ -34,7 +35,6 @@ from lightning_llm.checkpoint.selection import newest_step
 from lightning_llm.checkpoint.store import open_store, split_url
 from lightning_llm.checkpoint.worker import Verify
 from lightning_llm.errors import CheckpointError, ConfigurationError
-from lightning_llm.planner.saving import best_interval, mtbf
 from lightning_llm.strategies.state import ShardedState
 
 log = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ class AsyncDistributedCheckpoint(ModelCheckpoint):
         self.when_busy = when_busy
         self.on_failure = on_failure
         self.max_failures = max_failures
-        self.mtbf_hours = mtbf_hours
+        self._advice = IntervalAdvice(mtbf_hours)
         self.skipped = 0
         self.failures = 0
         self.latest: Outcome | None = None
@@ -145,9 +145,7 @@ class AsyncDistributedCheckpoint(ModelCheckpoint):
         self._due: tuple[float, dict[str, Any]] | None = None  # when a save was due, and the decisions before it
         self._in_flight: PendingSave | None = None
         self._kept: list[str] = []  # that runs were resumed from, and that are not needed for anything else
-        self._started = (0.0, 0)
         self._skipped_at = -1
-        self._advised = False
 
     # -- when to save: ModelCheckpoint's hooks, with a look at what became of the last save --
 
@@ -168,7 +166,7 @@ class AsyncDistributedCheckpoint(ModelCheckpoint):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._started = (time.monotonic(), trainer.global_step)
+        self._advice.start(trainer.global_step)
         checkpoint_io = trainer.strategy.checkpoint_io
         if isinstance(checkpoint_io, VerifiedCheckpointIO) and trainer.is_global_zero:
             checkpoint_io.restore_random_state()
@@ -409,7 +407,9 @@ class AsyncDistributedCheckpoint(ModelCheckpoint):
                 f"Committed {outcome.path}: {outcome.size / 1e6:.1f} MB, training stood still for "
                 f"{outcome.blocked:.2f} s, written in {outcome.written:.1f} s"
             )
-        self._advise(trainer, outcome)
+        advice = self._advice.of(outcome, trainer.global_step, trainer.world_size)
+        if advice is not None:
+            rank_zero_info(advice)
         restored = self._restored_from(trainer)
         for path in self._kept:
             if path != restored and not self._needs(path):
@@ -424,22 +424,6 @@ class AsyncDistributedCheckpoint(ModelCheckpoint):
         name = self.registry_name or Path(str(self.dirpath)).parent.name.rstrip(":")
         version = register_checkpoint(path, name, self.registry, metrics)
         rank_zero_info(f"Registered {path} as {name} version {version.version}")
-
-    def _advise(self, trainer: pl.Trainer, outcome: Outcome) -> None:
-        """Says once how often to save, from what a save costs here."""
-        began, first_step = self._started
-        steps = trainer.global_step - first_step
-        if self._advised or steps <= 0:
-            return
-        self._advised = True
-        between = mtbf(trainer.world_size) if self.mtbf_hours is None else self.mtbf_hours * 3600
-        seconds = best_interval(outcome.blocked, between, outcome.written)
-        per_step = (time.monotonic() - began) / steps
-        rank_zero_info(
-            f"A checkpoint stops training for {outcome.blocked:.2f} s and is committed {outcome.written:.1f} s later. "
-            f"At one failure in {between / 3600:.0f} h the least is lost with one every {seconds:.0f} s "
-            f"(every_n_train_steps={max(1, round(seconds / per_step))}; Young and Daly)."
-        )
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -32,8 +32,8 @@ TRAINER_PART = "trainer"  # what names of tensors begin with that are parts of t
 PLACE = ".place"  # and what the names of values end with that tell where such a tensor stands in it
 
 
-class TensorFile:
-    """One safetensors file, mapped into memory."""
+class TensorFile(Mapping[str, Tensor]):
+    """The tensors of one safetensors file, mapped into memory."""
 
     def __init__(self, path: Path) -> None:
         self._content: mmap.mmap | bytes = map_file(path)
@@ -48,9 +48,27 @@ class TensorFile:
         count, offset = entry.size // dtype.itemsize, self._start + entry.start
         return torch.frombuffer(self._content, dtype=dtype, count=count, offset=offset).view(entry.shape)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors, copied."""
-        return {name: self[name].clone() for name in self._entries}
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+class _Copies(Mapping[str, Tensor]):
+    """Tensors of a file that may outlive it: each is copied when it is asked for."""
+
+    def __init__(self, file: TensorFile) -> None:
+        self._file = file
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file[name].clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file)
+
+    def __len__(self) -> int:
+        return len(self._file)
 
 
 class Checkpoint:
@@ -119,7 +137,7 @@ class Checkpoint:
     def trainer_state(self) -> dict[str, Any]:
         """Loops, schedulers, callbacks, hyperparameters."""
         kept = TRAINER_TENSORS in self.manifest.files
-        tensors = TensorFile(self.local(TRAINER_TENSORS) / TRAINER_TENSORS).tensors() if kept else {}
+        tensors = _Copies(TensorFile(self.local(TRAINER_TENSORS) / TRAINER_TENSORS)) if kept else {}
         state = decode(self._json(TRAINER)["state"], tensors)
         for name, place in self.values.items():
             if name.startswith(f"{TRAINER_PART}[") and name.endswith(PLACE):
@@ -132,7 +150,7 @@ class Checkpoint:
     def rank_state(self, rank: int) -> dict[str, Any]:
         """What one of the ranks that saved had for itself alone."""
         file = self._file(rank_file(rank))
-        return decode(json.loads(file.metadata["rank"]), _Cloned(file))
+        return decode(json.loads(file.metadata["rank"]), _Copies(file))
 
     def _block(self, name: str, offsets: tuple[int, ...], number: int) -> Tensor:
         entry = self._index[name]
@@ -186,22 +204,6 @@ class Checkpoint:
         """The weights one by one, whole, in sorted order of their names."""
         for name in sorted(self.weights(prefix)):
             yield name, self.read(f"model.{prefix}{name}")
-
-
-class _Cloned(Mapping[str, Tensor]):
-    """A file's tensors, each copied when it is asked for."""
-
-    def __init__(self, file: TensorFile) -> None:
-        self._file = file
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._file[name].clone()
-
-    def __iter__(self) -> Iterator[str]:
-        raise NotImplementedError
-
-    def __len__(self) -> int:
-        raise NotImplementedError
 
 
 def _has_part(tensor: Tensor) -> bool:

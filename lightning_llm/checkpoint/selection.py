@@ -7,7 +7,6 @@ reported, marked and passed over for the one before; if all are bad the run ends
 from __future__ import annotations
 
 import logging
-import pickle
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -74,11 +73,10 @@ def _attempt(act: Callable[[], Any]) -> tuple[Any, Exception | None]:
     try:
         return act(), None
     except Exception as error:
-        try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:  # one of its own kind, such as a library may have
-            return None, OSError(f"{type(error).__name__}: {error}").with_traceback(error.__traceback__)
-        return None, error
+        if type(error).__module__.partition(".")[0] in ("builtins", "lightning_llm"):
+            return None, error
+        # A library's own kind may not survive the way.
+        return None, OSError(f"{type(error).__name__}: {error}").with_traceback(error.__traceback__)
 
 
 def _result(attempt: tuple[Any, Exception | None]) -> Any:

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from lightning_llm.errors import ConfigurationError
-from lightning_llm.registry.content import FileRecord, VerificationError, matches, publish, staging
+from lightning_llm.registry.content import FileRecord, VerificationError, digest_of, matches, publish, staging
 
 LATEST = "latest"
 CHECKPOINT_MANIFEST = "manifest.json"
@@ -75,6 +75,15 @@ class ModelVersion:
     metrics: Mapping[str, float] = field(default_factory=dict)
     lineage: Lineage = field(default_factory=Lineage)
     created: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+    @classmethod
+    def before_commit(
+        cls, name: str, files: Iterable[FileRecord], metrics: dict[str, float], lineage: Lineage, location: str = ""
+    ) -> ModelVersion:
+        """What is to be registered, without a number yet."""
+        return cls(
+            name=name, version=None, digest=digest_of(files), location=location, metrics=metrics, lineage=lineage
+        )
 
     def to_json(self) -> dict[str, object]:
         """As plain data, for `json.dumps`."""
@@ -215,6 +224,21 @@ class ModelRegistry(ABC):
     @abstractmethod
     def files(self, version: ModelVersion) -> tuple[FileRecord, ...]:
         """What the version consists of, sorted by path."""
+
+    @staticmethod
+    def _check_list(version: ModelVersion, files: Iterable[FileRecord]) -> tuple[FileRecord, ...]:
+        """A stored list of files, if it is the one that was registered.
+
+        Raises:
+            VerificationError: It is not.
+        """
+        files = tuple(files)
+        if digest_of(files) != version.digest:
+            raise VerificationError(
+                f"{version.name} {version.version} at {version.location}: the list of its files is not what was "
+                f"registered: expected {version.digest}, found {digest_of(files)}."
+            )
+        return files
 
     @abstractmethod
     def _register(

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lightning_llm._disk import sync
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.registry.base import Lineage, ModelRegistry, ModelVersion
-from lightning_llm.registry.content import FileRecord, describe, digest_of, list_files
+from lightning_llm.registry.content import FileRecord, describe, list_files
 from lightning_llm.registry.index import INDEX, Index
 
 if TYPE_CHECKING:
@@ -76,9 +76,7 @@ class BucketRegistry(ModelRegistry):
         paths = list_files(source)
         before = [(source / path).stat() for path in paths]
         files = [describe(source, path) for path in paths]
-        wanted = ModelVersion(
-            name=name, version=None, digest=digest_of(files), location=upload, metrics=metrics, lineage=lineage
-        )
+        wanted = ModelVersion.before_commit(name, files, metrics, lineage, location=upload)
 
         def commit(index: Index) -> ModelVersion:
             version = index.find(wanted)

@@ -18,7 +18,7 @@ from pathlib import Path
 from lightning_llm._disk import sync
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.registry.base import Lineage, ModelRegistry, ModelVersion
-from lightning_llm.registry.content import FileRecord, copy, digest_of, list_files, publish, staging
+from lightning_llm.registry.content import FileRecord, copy, list_files, publish, staging
 from lightning_llm.registry.index import INDEX, Index
 
 BUSY_TIMEOUT = 60.0  # seconds that a writer waits for others
@@ -61,9 +61,7 @@ class FolderRegistry(ModelRegistry):
         self.root.mkdir(parents=True, exist_ok=True)
         with staging(self.root) as folder:
             files = [copy(source, folder, path) for path in paths]
-            wanted = ModelVersion(
-                name=name, version=None, digest=digest_of(files), location="", metrics=metrics, lineage=lineage
-            )
+            wanted = ModelVersion.before_commit(name, files, metrics, lineage)
             with self._index(write=True) as index:
                 version = index.find(wanted)
                 if version is None:

@@ -25,7 +25,7 @@ from lightning_llm.registry.base import (
     encode_metrics,
     find_same,
 )
-from lightning_llm.registry.content import FileRecord, VerificationError, describe, digest_of, list_files
+from lightning_llm.registry.content import FileRecord, describe, list_files
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -71,21 +71,13 @@ class MLflowRegistry(ModelRegistry):
         """
         with tempfile.TemporaryDirectory() as folder:
             text = self._download(self._run_of(version), _FILES, Path(folder)).read_text(encoding="utf-8")
-        files = tuple(FileRecord(*file) for file in json.loads(text)["files"])
-        if digest_of(files) != version.digest:
-            raise VerificationError(
-                f"{version.name} {version.version} at {version.location}: {_FILES} is not what was registered: "
-                f"expected {version.digest}, found {digest_of(files)}."
-            )
-        return files
+        return self._check_list(version, (FileRecord(*file) for file in json.loads(text)["files"]))
 
     def _register(
         self, name: str, source: Path, metrics: dict[str, float], lineage: Lineage, aliases: tuple[str, ...]
     ) -> ModelVersion:
         files = [describe(source, path) for path in list_files(source)]
-        wanted = ModelVersion(
-            name=name, version=None, digest=digest_of(files), location="", metrics=metrics, lineage=lineage
-        )
+        wanted = ModelVersion.before_commit(name, files, metrics, lineage)
         known = find_same(self.versions(name), wanted)
         number = known.version if known else self._add(wanted, source, files)
         for alias in aliases:

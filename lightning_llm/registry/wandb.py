@@ -26,7 +26,7 @@ from lightning_llm.registry.base import (
     find_same,
     with_aliases,
 )
-from lightning_llm.registry.content import FileRecord, VerificationError, describe, digest_of, list_files
+from lightning_llm.registry.content import FileRecord, describe, list_files
 
 TYPE = "model"
 RECORD = "lightning-llm.json"
@@ -68,21 +68,13 @@ class WandbRegistry(ModelRegistry):
         Raises:
             VerificationError: The list is not what was registered.
         """
-        files = tuple(FileRecord(*file) for file in self._artifact(version).metadata["files"])
-        if digest_of(files) != version.digest:
-            raise VerificationError(
-                f"{version.location}: the list of its files is not what was registered: "
-                f"expected {version.digest}, found {digest_of(files)}."
-            )
-        return files
+        return self._check_list(version, (FileRecord(*file) for file in self._artifact(version).metadata["files"]))
 
     def _register(
         self, name: str, source: Path, metrics: dict[str, float], lineage: Lineage, aliases: tuple[str, ...]
     ) -> ModelVersion:
         files = [describe(source, path) for path in list_files(source)]
-        wanted = ModelVersion(
-            name=name, version=None, digest=digest_of(files), location="", metrics=metrics, lineage=lineage
-        )
+        wanted = ModelVersion.before_commit(name, files, metrics, lineage)
         with self._run() as run:
             if not run.offline and (known := find_same(self.versions(name), wanted)):
                 for alias in aliases:
