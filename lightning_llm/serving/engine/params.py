@@ -1,4 +1,4 @@
-"""`SamplingParams`: how the tokens of one request are chosen, and when it ends. Names, defaults and meanings are vLLM's."""
+"""`SamplingParams`: how the tokens of a request are chosen, and when it ends. Names and defaults are vLLM's."""
 
 from __future__ import annotations
 

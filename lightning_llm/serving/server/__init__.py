@@ -1,0 +1,1 @@
+"""The engine behind LitServe, and OpenAI's API in front of it."""
