@@ -1,0 +1,388 @@
+"""`Engine`: the model, its cache and its books, moved on one step at a time by whoever owns it.
+
+Not for several threads: one calls `add`, `abort` and `step`, be it a server's loop or `LLM.generate`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Collection, Sequence
+from typing import Literal
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from lightning_llm.models.decoder import Decoder
+from lightning_llm.serving.engine.config import EngineConfig
+from lightning_llm.serving.engine.costs import PreemptionCosts
+from lightning_llm.serving.engine.grammar import GrammarCompiler
+from lightning_llm.serving.engine.kv_cache import KVCache
+from lightning_llm.serving.engine.outputs import EngineStats, TokenLogprob, Update, Usage
+from lightning_llm.serving.engine.params import SamplingParams
+from lightning_llm.serving.engine.request import FinishReason, Request, Status
+from lightning_llm.serving.engine.runner import Runner
+from lightning_llm.serving.engine.sampler import Sampled, Sampler
+from lightning_llm.serving.engine.sampling_state import SamplingState
+from lightning_llm.serving.engine.scheduler import Schedule, Scheduler
+from lightning_llm.serving.engine.sizing import cache_blocks, longest_sequence, window_of
+from lightning_llm.serving.engine.text import TextStream
+from lightning_llm.serving.errors import RequestError
+from lightning_llm.serving.kernels.batch import Piece
+
+log = logging.getLogger(__name__)
+
+Pooling = Literal["mean", "last"]
+
+_LOGITS_ROWS = 256  # of a prompt at a time: all at once would dwarf the model
+_LARGE_STEP = 64  # tokens; a step of so many is bound by computing
+
+
+class Engine:
+    """Answers requests with a model, many at a time.
+
+    Args:
+        decoder: The model, on its device and in its element type.
+        tokenizer: Its words.
+        config: Sizes and policies.
+        eos_token_ids: Tokens that end an answer; None: what the model's config says.
+        content: What keys and values depend on besides the tokens, such as the model's digest.
+
+    Raises:
+        ConfigurationError: The sizes do not fit the model or the memory.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        config: EngineConfig | None = None,
+        *,
+        eos_token_ids: Collection[int] | None = None,
+        content: str = "",
+    ) -> None:
+        config = config or EngineConfig()
+        model = decoder.config
+        weight = next(decoder.parameters())
+        num_blocks = cache_blocks(config, model, weight.dtype, weight.device)
+        self.config = config
+        self.max_model_len = longest_sequence(config, model, num_blocks)
+        self.vocab_size = model.vocab_size
+        self.eos_token_ids = frozenset(model.eos_token_ids if eos_token_ids is None else eos_token_ids)
+        self.tokenizer = tokenizer
+        self.cache = KVCache(
+            model,
+            num_blocks,
+            block_size=config.block_size,
+            dtype=weight.dtype,
+            device=weight.device,
+            kv_dtype=config.kv_cache_dtype,
+            host_blocks=config.swap_blocks,
+        )
+        self.costs = PreemptionCosts(self.cache.bytes_per_block, 2 * model.num_active_parameters)
+        self.scheduler = Scheduler(
+            config,
+            num_blocks,
+            self.max_model_len,
+            sliding_window=window_of(model),
+            costs=self.costs,
+            content=f"{content}/{weight.dtype}/{config.kv_cache_dtype}",
+        )
+        self.runner = Runner(decoder, self.cache, kernel=config.attention)
+        self._sampler = Sampler()
+        self._grammars = GrammarCompiler(tokenizer, model.vocab_size, self.eos_token_ids)
+        self._live: dict[str, list[Request]] = {}
+        self._finished: Counter[str] = Counter()
+        self._prompt_tokens = self._generation_tokens = self._steps = 0
+
+    # -- what callers do --
+
+    def add(
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        pooling: Pooling | None = None,
+        arrival: float | None = None,
+    ) -> None:
+        """Lets a request wait for its turn.
+
+        Args:
+            request_id: Its name in `Update`s and for `abort`.
+            prompt_ids: The prompt.
+            params: How to answer.
+            priority: Lower comes first, where the policy says so.
+            cache_salt: Only requests with the same one find each other's prefixes: the tenant.
+            pooling: Instead of an answer, the prompt's hidden states as one vector of length 1: the "mean" over its
+                tokens, or that of the "last".
+            arrival: When it came, in seconds of `time.monotonic`; None is now.
+
+        Raises:
+            RequestError: It cannot be answered; nothing was added.
+        """
+        self._check(request_id, prompt_ids, params)
+        grammar = self._grammars.compile(params.grammar) if params.grammar is not None else None
+        request = Request(
+            request_id=request_id,
+            token_ids=list(prompt_ids),
+            params=params,
+            priority=priority,
+            cache_salt=cache_salt,
+            pooling=pooling,
+            arrival=time.monotonic() if arrival is None else arrival,
+            forks=0 if pooling else params.n - 1,
+            max_output=params.max_tokens or self.max_model_len - len(prompt_ids),
+        )
+        if pooling is None:
+            self._begin_answer(request, grammar)
+        if params.prompt_logprobs is not None:
+            request.prompt_logprobs = [None]
+        self._live[request_id] = [request]
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request, wherever it stands; its blocks are free when this returns. Unknown ones are passed over."""
+        for request in self._live.pop(request_id, ()):
+            self._finished["abort"] += 1
+            self.scheduler.finish(request)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a `step` would do anything."""
+        return self.scheduler.has_work
+
+    @torch.inference_mode()
+    def step(self) -> list[Update]:
+        """Computes one step of all requests that can be moved on, and says what came of it.
+
+        A request that fails does so alone, as an update with `error`.
+
+        Raises:
+            RuntimeError: All of several requests failed, so it is the engine that does not work.
+        """
+        plan = self.scheduler.schedule(time.monotonic())
+        self._move_blocks(plan)
+        if not plan.tokens:
+            time.sleep(self.scheduler.seconds_to_batch(time.monotonic()))
+            return []
+        states, updates = self._forward(plan)
+        self._steps += 1
+        self.scheduler.advance(plan)
+        rows: list[Tensor] = []
+        asked: list[Request] = []
+        for request, hidden in states.items():
+            self._take_prompt(request, plan.tokens[request], hidden)
+            if request.num_computed < request.num_tokens:
+                continue
+            if request.pooling is not None:
+                updates.append(self._finish(request, Update(request.request_id), "stop"))
+                continue
+            answers = [request, *self._fork(request)]
+            asked += answers
+            rows += [hidden[-1]] * len(answers)
+        if asked:
+            logits = self.runner.logits(torch.stack(rows))
+            sampled = self._sampler.sample(logits, [request.sampling for request in asked])
+            updates += [self._accept(request, one) for request, one in zip(asked, sampled, strict=True)]
+        return updates
+
+    def stats(self) -> EngineStats:
+        """How it stands."""
+        scheduler = self.scheduler
+        return EngineStats(
+            num_requests_running=len(scheduler.running),
+            num_requests_waiting=len(scheduler.waiting),
+            num_requests_swapped=sum(request.host_blocks is not None for request in scheduler.waiting),
+            blocks_total=scheduler.pool.total,
+            blocks_free=scheduler.pool.num_free,
+            blocks_cached=scheduler.pool.num_cached,
+            swap_blocks_used=scheduler.host_pool.total - scheduler.host_pool.num_free,
+            num_preemptions=scheduler.num_preemptions,
+            prefix_cache_queries=scheduler.prefix_queries,
+            prefix_cache_hits=scheduler.prefix_hits,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            steps=self._steps,
+            requests_finished=dict(self._finished),
+        )
+
+    # -- a step --
+
+    def _move_blocks(self, plan: Schedule) -> None:
+        began = time.monotonic()
+        self.cache.swap_out(plan.swap_out)
+        self.cache.swap_in(plan.swap_in)
+        moved = len(plan.swap_out) + len(plan.swap_in)
+        if moved:
+            self.costs.saw_copy(moved, time.monotonic() - began)
+        self.cache.copy(plan.copies)
+
+    def _forward(self, plan: Schedule) -> tuple[dict[Request, Tensor], list[Update]]:
+        """Hidden states [tokens, hidden] of each request, and what to say of those that failed."""
+        pieces = {
+            request: Piece(
+                request.token_ids[request.num_computed : request.num_computed + tokens],
+                request.num_computed,
+                request.block_table,
+            )
+            for request, tokens in plan.tokens.items()
+        }
+        began = time.monotonic()
+        try:
+            hidden = self.runner.forward(list(pieces.values()))
+        except Exception:
+            log.exception("A step of %d requests failed; computing them one by one", len(pieces))
+            return self._forward_one_by_one(pieces)
+        if plan.num_tokens >= _LARGE_STEP:
+            self.costs.saw_forward(plan.num_tokens, time.monotonic() - began)
+        return dict(zip(pieces, hidden.split(list(plan.tokens.values())), strict=True)), []
+
+    def _forward_one_by_one(self, pieces: dict[Request, Piece]) -> tuple[dict[Request, Tensor], list[Update]]:
+        states: dict[Request, Tensor] = {}
+        updates: list[Update] = []
+        cause: Exception | None = None
+        for request, piece in pieces.items():
+            try:
+                states[request] = self.runner.forward([piece])
+            except Exception as error:
+                cause = error
+                updates.append(self._fail(request, "The model could not compute this request."))
+        if len(updates) == len(pieces) > 1:
+            raise RuntimeError(f"No request of a step of {len(pieces)} could be computed") from cause
+        return states, updates
+
+    def _take_prompt(self, request: Request, tokens: int, hidden: Tensor) -> None:
+        """Keeps what is wanted of the prompt's hidden states [tokens, hidden], which went up to `num_computed`."""
+        start = request.num_computed - tokens
+        if request.pooling == "mean":
+            total = hidden.float().sum(0)
+            request.pooled = total if request.pooled is None or start == 0 else request.pooled + total
+        elif request.pooling == "last":
+            request.pooled = hidden[-1].float()
+        wanted = request.params.prompt_logprobs
+        if wanted is None or len(request.prompt_logprobs) >= request.num_prompt:
+            return
+        first = len(request.prompt_logprobs) - 1 - start  # the state before a token says how likely it was
+        last = min(request.num_computed, request.num_prompt - 1) - start
+        for at in range(max(first, 0), last, _LOGITS_ROWS):
+            end = min(at + _LOGITS_ROWS, last)
+            targets = request.token_ids[start + at + 1 : start + end + 1]
+            request.prompt_logprobs += self._sampler.logprobs_of(self.runner.logits(hidden[at:end]), targets, wanted)
+
+    def _fork(self, request: Request) -> list[Request]:
+        """The other answers to a prompt that has just been computed."""
+        children = [self.scheduler.fork(request, index + 1) for index in range(request.forks)]
+        for child in children:
+            grammar = self._grammars.compile(child.params.grammar) if child.params.grammar is not None else None
+            self._begin_answer(child, grammar)
+        request.forks = 0
+        self._live[request.request_id] += children
+        return children
+
+    def _accept(self, request: Request, sampled: Sampled) -> Update:
+        """Takes a new token into an answer."""
+        if sampled.error is not None:
+            return self._fail(request, sampled.error)
+        now = time.monotonic()
+        token = sampled.token_id
+        update = Update(request.request_id, request.index, [token])
+        if request.params.logprobs is not None and sampled.logprob is not None:
+            update.logprobs = [TokenLogprob(token, sampled.logprob, sampled.top)]
+        if request.first_token is None:
+            request.first_token = now
+            self._prompt_tokens += request.num_prompt if request.index == 0 else 0
+            if request.params.prompt_logprobs is not None and request.index == 0:
+                update.prompt_logprobs = request.prompt_logprobs
+        request.last_token = now
+        request.token_ids.append(token)
+        request.sampling.append(token)
+        self._generation_tokens += 1
+        reason = self._end_by_token(request, token, update)
+        if reason is None:
+            update.text = request.text.push([token])
+            update.stop_reason = request.text.stop_reason
+            reason = "stop" if update.stop_reason is not None or request.sampling.is_complete else None
+        if reason is None and (request.num_output >= request.max_output or request.num_tokens >= self.max_model_len):
+            reason = "length"
+        return update if reason is None else self._finish(request, update, reason)
+
+    def _end_by_token(self, request: Request, token: int, update: Update) -> FinishReason | None:
+        if token in request.params.stop_token_ids:
+            update.stop_reason = token
+            return "stop"
+        return "stop" if token in self.eos_token_ids and not request.params.ignore_eos else None
+
+    # -- beginnings and ends --
+
+    def _check(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        if request_id in self._live:
+            raise RequestError(f"There is a request {request_id!r} already.", param="request_id")
+        if not prompt_ids:
+            raise RequestError("The prompt has no tokens: give at least one.", param="prompt")
+        for token in prompt_ids:
+            if not 0 <= token < self.vocab_size:
+                raise RequestError(f"Token id {token} is not in the vocabulary of {self.vocab_size}.", param="prompt")
+        params.check_vocabulary(self.vocab_size)
+        wanted = 1 if params.max_tokens is None else params.max_tokens
+        total = len(prompt_ids) + wanted
+        if total > self.max_model_len:
+            raise RequestError(
+                f"The model's context is {self.max_model_len} tokens: the prompt has {len(prompt_ids)}, and max_tokens "
+                f"asks for {wanted}, {total} together. Shorten the one or lower the other.",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        if params.n > self.config.max_num_seqs:
+            raise RequestError(f"n is {params.n}; at most {self.config.max_num_seqs} run at a time.", param="n")
+
+    def _begin_answer(self, request: Request, grammar: object) -> None:
+        prompt = request.token_ids[: request.num_prompt]
+        request.sampling = SamplingState(
+            request.params,
+            prompt,
+            vocab_size=self.vocab_size,
+            eos_token_ids=self.eos_token_ids,
+            grammar=grammar,
+            seed_offset=request.index,
+        )
+        request.text = TextStream(self.tokenizer, request.params, prompt)
+
+    def _fail(self, request: Request, error: str) -> Update:
+        return self._finish(request, Update(request.request_id, request.index, error=error), "error")
+
+    def _finish(self, request: Request, update: Update, reason: FinishReason) -> Update:
+        """Ends an answer, and gives its blocks back."""
+        self.scheduler.finish(request)
+        siblings = self._live[request.request_id]
+        siblings.remove(request)
+        if not siblings:
+            del self._live[request.request_id]
+        self._finished[reason] += 1
+        if request.text is not None and request.text.stop_reason is None:
+            update.text += request.text.finish()
+        if request.pooled is not None and reason == "stop":
+            update.embedding = torch.nn.functional.normalize(request.pooled, dim=0).tolist()
+        update.finish_reason = reason
+        update.usage = usage_of(request)
+        return update
+
+
+def usage_of(request: Request) -> Usage:
+    """Tokens and times of an answer that has ended."""
+    now = time.monotonic()
+    scheduled = request.first_scheduled or now
+    first = request.first_token or now
+    return Usage(
+        prompt_tokens=request.num_prompt,
+        completion_tokens=request.num_output,
+        cached_tokens=request.num_cached,
+        preemptions=request.num_preemptions,
+        queued=scheduled - request.arrival,
+        prefill=first - scheduled,
+        decode=(request.last_token or first) - first,
+    )
