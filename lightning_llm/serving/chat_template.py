@@ -84,7 +84,7 @@ class ChatTemplate:
         with_default = {
             target.name
             for node in tree.find_all((jinja2.nodes.Assign, jinja2.nodes.Test))
-            if (target := node.target if isinstance(node, jinja2.nodes.Assign) else node.node)
+            if (target := getattr(node, "target", None) or getattr(node, "node", None))
             if isinstance(target, jinja2.nodes.Name) and target.name in _loaded(node)
         }
         known = (made - with_default) | _RESERVED | _SPECIAL_TOKENS | set(environment.globals)
