@@ -61,6 +61,7 @@ class Namespace(jinja2.utils.Namespace):
 
     def __init__(*args: Any, **attributes: Any) -> None:  # noqa: N805  `self` may be the name of an attribute
         self, *rest = args
+        jinja2.utils.Namespace.__init__(self)
         for name, value in dict(*rest, **attributes).items():
             self[name] = value
 
@@ -123,7 +124,10 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which closes our stdin when it ends
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process, whatever it is in the middle of
     templates: dict[str, jinja2.Template] = {}
-    for warming in ("{{ strftime_now('%c') }}", "{{ none.none.none }}"):  # imports what Jinja imports late, for errors too
+    for warming in (
+        "{{ strftime_now('%c') }}",
+        "{{ none.none.none }}",
+    ):  # imports what Jinja imports late, for errors too
         render(templates, {"template": warming, "variables": {}, "characters": 100})
     templates.clear()
     limits = {resource.RLIMIT_AS: MEMORY, resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_NOFILE: 0}
