@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from lightning_llm.errors import ConfigurationError
-from lightning_llm.serving.kernels import reference
+from lightning_llm.serving.kernels import cpu, reference
 from lightning_llm.serving.kernels.paged import PagedKernel
 
 
@@ -41,7 +41,14 @@ class Kernel:
     load: Callable[[], PagedKernel]
 
 
-KERNELS: tuple[Kernel, ...] = (Kernel("reference", lambda need: None, lambda: reference.attend),)
+def _not_cpu(need: Need) -> str | None:
+    return None if need.device.type == "cpu" else f"runs on CPUs, not on {need.device.type}"
+
+
+KERNELS: tuple[Kernel, ...] = (
+    Kernel("cpu", _not_cpu, lambda: cpu.attend),
+    Kernel("reference", lambda need: None, lambda: reference.attend),
+)
 """The first that does not refuse is "auto"."""
 
 

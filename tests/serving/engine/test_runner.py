@@ -82,7 +82,7 @@ def random_prompts(rng: random.Random, count: int, longest: int) -> list[list[in
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize(("kernel", "block_size"), [("reference", 3)])
+@pytest.mark.parametrize(("kernel", "block_size"), [("reference", 3), ("cpu", 16), ("cpu", 5)])
 def test_any_batching_gives_what_the_decoder_gives_for_each_prompt_alone(
     name: str, kernel: str, block_size: int
 ) -> None:
