@@ -145,6 +145,19 @@ def test_what_its_makers_say_of_sampling(tmp_path: Path) -> None:
     assert load_folder(tmp_path).generation_defaults == {"temperature": 0.0}
 
 
+def test_another_tokenizer(tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    (tmp_path / "words").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / name).rename(tmp_path / "words" / name)
+    with pytest.raises(ConfigurationError, match=r"has no tokenizer.json, .* `tokenizer=`"):
+        load_folder(tmp_path / "model")
+    for tokenizer in (tmp_path / "words", tmp_path / "words" / "tokenizer.json"):
+        model = load_folder(tmp_path / "model", tokenizer=tokenizer)
+        assert model.tokenizer.decode(model.tokenizer.encode("fox 12")) == "fox 12"
+        assert model.tokenizer.chat_template is not None
+
+
 def _edit(name: str, **changes: Any) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         path = folder / name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ def test_what_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sourc
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with checkpoints of steps 1 and 2, of a run on two ranks."""
+    """A folder with checkpoints of steps 1 and 2."""
     place = tmp_path_factory.mktemp("trained")
     (place / "text.txt").write_text(prose(0, 1200))
     tokenize([place / "text.txt"], place / "tokens", vocab_size=300, val_fraction=0.4, num_workers=1, progress=False)
@@ -114,12 +114,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=64,
     )
     saves = {step: place / "run" / f"step-{step}.ckpt" for step in (1, 2)}
-    run_distributed(_train, 2, place / "tokens", config, saves)
+    run_distributed(_train, 1, place / "tokens", config, saves)
     return place / "run"
 
 
 def _train(corpus: Path, config: DecoderConfig, saves: dict[int, Path]) -> None:
-    run(2, {"tensor_parallel_size": 2}, corpus, config=config, save_at=saves, steps=2)
+    run(1, {}, corpus, config=config, save_at=saves, steps=2)
 
 
 def test_a_checkpoint(trained: Path, cache: ModelCache) -> None:
@@ -139,11 +139,11 @@ def test_a_damaged_checkpoint_is_not_served(trained: Path, tmp_path: Path) -> No
     run_folder = tmp_path / "run"
     shutil.copytree(trained, run_folder)
     expected = logits(run_folder / "step-1.ckpt")
-    file = run_folder / "step-2.ckpt" / "rank_00001.safetensors"
+    file = run_folder / "step-2.ckpt" / "rank_00000.safetensors"
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     file.write_bytes(content)
-    with pytest.raises(NoGoodCheckpointError, match="rank_00001.safetensors"):
+    with pytest.raises(NoGoodCheckpointError, match="rank_00000.safetensors"):
         load_model(run_folder / "step-2.ckpt")
     assert torch.equal(logits(run_folder), expected), "the one before"
 
@@ -151,8 +151,9 @@ def test_a_damaged_checkpoint_is_not_served(trained: Path, tmp_path: Path) -> No
 # Buckets
 
 
-@pytest.fixture
-def bucket(object_storage: ObjectStorage) -> Iterator[Any]:
+@pytest.fixture(scope="module")
+def bucket(object_storage: ObjectStorage) -> Callable[[Path, str], str]:
+    """Uploads a folder to a prefix; returns its address."""
     name = object_storage.bucket("models")
     client = object_storage.client()
 
@@ -162,10 +163,10 @@ def bucket(object_storage: ObjectStorage) -> Iterator[Any]:
                 client.upload_file(str(path), name, f"{prefix}/{path.relative_to(folder)}")
         return f"s3://{name}/{prefix}"
 
-    yield upload
+    return upload
 
 
-def test_a_folder_in_a_bucket(bucket: Any, tmp_path: Path, cache: ModelCache) -> None:
+def test_a_folder_in_a_bucket(bucket: Callable[[Path, str], str], tmp_path: Path, cache: ModelCache) -> None:
     expected = write_model(tmp_path / "model", shards="20KB")
     for unwanted in ("pytorch_model.bin", "code.py", "README.md"):
         (tmp_path / "model" / unwanted).write_text("x")
@@ -181,7 +182,7 @@ def test_a_folder_in_a_bucket(bucket: Any, tmp_path: Path, cache: ModelCache) ->
     assert len(entries(cache)) == 2
 
 
-def test_a_gguf_file_in_a_bucket(bucket: Any, tmp_path: Path) -> None:
+def test_a_gguf_file_in_a_bucket(bucket: Callable[[Path, str], str], tmp_path: Path) -> None:
     (tmp_path / "up").mkdir()
     path = write_gguf(tmp_path / "up" / "small.gguf", build("Llama"), "llama")
     url = bucket(tmp_path / "up", "ggufs")
@@ -193,8 +194,8 @@ def test_a_gguf_file_in_a_bucket(bucket: Any, tmp_path: Path) -> None:
         load_model(f"{url}/other.gguf")
 
 
-def test_a_checkpoint_in_a_bucket(bucket: Any, trained: Path, object_storage: ObjectStorage) -> None:
-    store = open_store(f"s3://{object_storage.bucket('runs')}/run")
+def test_a_checkpoint_in_a_bucket(bucket: Callable[[Path, str], str], trained: Path, tmp_path: Path) -> None:
+    store = open_store(bucket(tmp_path / "nothing", "run"))
     opened = Checkpoint.open(trained / "step-2.ckpt", alone=True)
     location = store.create("step-2.ckpt", "a")
     folder = opened.local(*opened.manifest.files)
@@ -206,7 +207,7 @@ def test_a_checkpoint_in_a_bucket(bucket: Any, trained: Path, object_storage: Ob
     assert torch.equal(logits(store.url), expected)
 
 
-def test_what_is_no_model_in_a_bucket(bucket: Any, tmp_path: Path) -> None:
+def test_what_is_no_model_in_a_bucket(bucket: Callable[[Path, str], str], tmp_path: Path) -> None:
     (tmp_path / "up").mkdir()
     (tmp_path / "up" / "config.json").write_text("{}")
     (tmp_path / "up" / "pytorch_model.bin").write_text("x")
