@@ -22,7 +22,7 @@ from lightning_llm.serving.engine.grammar import GrammarCompiler
 from lightning_llm.serving.engine.kv_cache import KVCache
 from lightning_llm.serving.engine.outputs import EngineStats, TokenLogprob, Update, Usage
 from lightning_llm.serving.engine.params import SamplingParams
-from lightning_llm.serving.engine.request import FinishReason, Request, Status
+from lightning_llm.serving.engine.request import FinishReason, Request
 from lightning_llm.serving.engine.runner import Runner
 from lightning_llm.serving.engine.sampler import Sampled, Sampler
 from lightning_llm.serving.engine.sampling_state import SamplingState
