@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -22,7 +23,7 @@ class RequestRecord:
         operation: What was asked for.
         params: How to answer; None for embeddings.
         stream: Whether the answer goes out piece by piece.
-        prompt: As text; only where an option says that prompts are logged.
+        prompt: As text, for the log; forgotten unless an option says that prompts are logged.
         engine: The worker that has it.
         arrival: When it came.
         first_token: When the first token of any answer came back.
@@ -36,7 +37,7 @@ class RequestRecord:
     operation: Operation = "chat"
     params: SamplingParams | None = None
     stream: bool = False
-    prompt: str | None = None
+    prompt: str | None = field(default=None, repr=False)
     engine: int = 0
     arrival: float = field(default_factory=time.monotonic)
     first_token: float | None = None
@@ -95,6 +96,10 @@ class ResponseRecord:
         duration: Seconds from the request's arrival to the response's last byte.
         disconnected: The client went away before.
         error_type: The exception's name, if one went through.
+        request_id: As the response's `X-Request-Id` has it.
+        client: The other side's address.
+        server: Our address and port.
+        headers: Of the request, names in lower case. They may hold keys: never for a log.
     """
 
     method: str
@@ -104,3 +109,7 @@ class ResponseRecord:
     duration: float
     disconnected: bool = False
     error_type: str | None = None
+    request_id: str | None = None
+    client: str | None = None
+    server: tuple[str, int | None] | None = None
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
