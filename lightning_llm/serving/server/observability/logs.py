@@ -61,7 +61,7 @@ def log_request(response: ResponseRecord, request: RequestRecord | None = None) 
 
 def _fields(response: ResponseRecord, request: RequestRecord | None) -> dict[str, Any]:
     fields: dict[str, Any] = {
-        "request_id": response.request_id if request is None else request.request_id,
+        "request_id": response.request_id,
         "method": response.method,
         "route": response.route,
         "status": response.status,
@@ -73,15 +73,16 @@ def _fields(response: ResponseRecord, request: RequestRecord | None) -> dict[str
     if request is not None:
         ttft = request.time_to_first_token
         fields |= {
+            "response_id": request.request_id,
             "model": request.model,
             "operation": request.operation,
-            "stream": request.stream,
+            "stream": response.stream,
             "engine": request.engine,
             "prompt_tokens": request.prompt_tokens,
             "cached_tokens": request.cached_tokens,
             "completion_tokens": request.completion_tokens,
             "time_to_first_token": None if ttft is None else round(ttft, 6),
-            "finish_reason": ",".join(reason for _, reason in sorted(request.finish_reasons.items())) or None,
+            "finish_reason": ",".join(request.finish_reasons) or None,
             "error": request.error,
             "prompt": request.prompt,
         }

@@ -221,19 +221,24 @@ class RequestObserver:
 
     def on_update(self, update: Update) -> None:
         """What a step brought."""
+        record = self.record
         if update.token_ids:
             now = self._clock()
             last = self._last.get(update.index)
             if last is not None:
                 self._measures.inter_token_latency(now - last)
-            elif self.record.first_token is None:
-                self.record.first_token = now
-                self._measures.time_to_first_token(now - self.record.arrival)
+            elif record.first_token is None:
+                record.first_token = now
+                self._measures.time_to_first_token(now - record.arrival)
             self._last[update.index] = now
+            record.completion_tokens += len(update.token_ids)
         if update.finish_reason is not None:
+            record.finish_reasons.append(update.finish_reason)
+            record.error = update.error or record.error
             if update.usage is not None:
-                self._measures.answer(update.usage, first=not self.record.usages)
-            self.record.take(update)
+                self._measures.answer(update.usage, first=not record.usages)
+                record.usages.append(update.usage)
+                record.cached_tokens = update.usage.cached_tokens
 
     def on_finish(self) -> None:
         """The request is over, whether answered, failed or given up by its client. Later calls do nothing."""

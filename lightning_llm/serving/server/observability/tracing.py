@@ -95,10 +95,10 @@ def _attributes(request: RequestRecord, response: ResponseRecord) -> dict[str, A
         "gen_ai.operation.name": request.operation,
         "gen_ai.provider.name": PROVIDER,
         "gen_ai.request.model": request.model,
-        "gen_ai.request.stream": request.stream,
+        "gen_ai.request.stream": response.stream,
         "gen_ai.response.id": request.request_id,
         "gen_ai.response.model": request.model,
-        "gen_ai.response.finish_reasons": [reason for _, reason in sorted(request.finish_reasons.items())],
+        "gen_ai.response.finish_reasons": request.finish_reasons,
         "gen_ai.response.time_to_first_chunk": request.time_to_first_token,
         "gen_ai.usage.input_tokens": request.prompt_tokens,
         "gen_ai.usage.output_tokens": request.completion_tokens,
@@ -127,7 +127,7 @@ def _attributes(request: RequestRecord, response: ResponseRecord) -> dict[str, A
             "gen_ai.request.stop_sequences": list(params.stop) or None,
         }
     if request.usages:
-        usage = request.usages[min(request.usages)]
+        usage = request.usages[0]
         attributes |= {
             "gen_ai.latency.time_in_queue": usage.queued,
             "gen_ai.latency.time_in_model_prefill": usage.prefill,

@@ -5,64 +5,81 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
 import pytest
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, FastAPI
 from fastapi.responses import StreamingResponse
-from starlette.responses import Response
 from starlette.testclient import TestClient
 
 from lightning_llm.serving.engine.outputs import EngineStats, Update, Usage
 from lightning_llm.serving.engine.params import SamplingParams
 from lightning_llm.serving.server.observability.metrics import ServerMetrics
-from lightning_llm.serving.server.observability.middleware import Observability, ObservabilityMiddleware
-from lightning_llm.serving.server.observability.record import RequestRecord
+from lightning_llm.serving.server.observability.middleware import Observability
 from tests.serving.server.observability.test_metrics import STATS, samples
 
 
-class Workers:
-    """Two workers, of which one does not answer."""
+class Tokenizer:
+    """Words are numbers."""
 
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(map(str, ids))
+
+
+class Workers:
+    """Two workers, of which one does not answer; what the other generates is told by the prompt's first token."""
+
+    model_name = "tiny"
+    tokenizer = Tokenizer()
     broken = False
+    cancelled = 0
 
     async def stats(self) -> Sequence[EngineStats | None]:
         if self.broken:
             raise ConnectionError("no workers")
         return [None, STATS]
 
+    async def generate(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, request_id: str, **options: object
+    ) -> AsyncGenerator[Update, None]:
+        yield Update(request_id, 0, [5], "a")
+        if prompt_ids[0] == ENDLESS:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.cancelled += 1
+        usage = Usage(len(prompt_ids), 2, 1, 0, 0.0, 0.1, 0.2)
+        yield Update(request_id, 0, [6], "b", finish_reason="stop", usage=usage)
+
+
+ENDLESS = 99
+
 
 def make_app(observability: Observability, workers: Workers) -> FastAPI:
-    app, router = FastAPI(), APIRouter(prefix="/v1")
+    app, router, client = FastAPI(), APIRouter(prefix="/v1"), observability.watch(workers)
 
-    @router.post("/completions/{name}")
-    async def completions(request: Request, name: str) -> StreamingResponse:
-        record = RequestRecord(
-            request_id="cmpl-1", model="tiny", operation="text_completion", params=SamplingParams(), prompt="secret"
-        )
-        observer = observability.begin(request, record)
-
+    @router.post("/chat/completions/{first}")
+    async def completions(first: int) -> StreamingResponse:
         async def stream() -> AsyncIterator[str]:
-            observer.on_update(Update("cmpl-1", 0, [5], "a"))
-            yield "a"
-            if name == "endless":
-                await asyncio.Event().wait()
-            usage = Usage(3, 2, 0, 0, 0.0, 0.1, 0.2)
-            observer.on_update(Update("cmpl-1", 0, [6], "b", finish_reason="stop", usage=usage))
-            yield "b"
+            async for update in client.generate([first, 2, 3], SamplingParams(), request_id="cmpl-1"):
+                yield update.text
 
-        return StreamingResponse(stream(), headers={"x-request-id": "from-the-client"})
+        return StreamingResponse(stream(), headers={"x-request-id": "r-1"}, media_type="text/event-stream")
+
+    @router.post("/completions")
+    async def several() -> list[str]:
+        async def one(place: int) -> str:
+            updates = client.generate([7] * place, SamplingParams(), request_id=f"cmpl-2-{place}", priority=1)
+            return "".join([update.text async for update in updates])
+
+        return await asyncio.gather(one(1), one(2), one(3))
 
     @app.get("/broken")
     async def broken() -> None:
         raise KeyError("nothing here")
 
-    @app.get("/metrics")
-    async def metrics(request: Request) -> Response:
-        return await observability.scrape(workers, request)
-
     app.include_router(router)
-    app.add_middleware(ObservabilityMiddleware, observability=observability)
+    observability.attach(app, workers)
     return app
 
 
@@ -86,22 +103,40 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[dict]:
 
 def test_an_answered_request_is_measured_counted_and_logged(observability, lines):
     client = TestClient(make_app(observability, Workers()))
-    assert client.post("/v1/completions/x?key=sk-1").text == "ab"
+    assert client.post("/v1/chat/completions/1?key=sk-1").text == "ab"
     found = samples(observability.metrics)
-    assert found["lightning_llm:http_requests_total", "/v1/completions/{name}", "POST", "200"] == 1
+    assert found["lightning_llm:http_requests_total", "/v1/chat/completions/{first}", "POST", "200"] == 1
     assert found["lightning_llm:e2e_request_latency_seconds_count", "0"] == 1
     assert found["lightning_llm:inter_token_latency_seconds_count", "0"] == 1
     (line,) = lines
-    assert line["route"] == "/v1/completions/{name}" and line["status"] == 200 and line["request_id"] == "cmpl-1"
-    assert line["completion_tokens"] == 2 and line["finish_reason"] == "stop" and not line["client_disconnected"]
-    assert "secret" not in json.dumps(line) and "sk-1" not in json.dumps(line)
+    told = {name: line[name] for name in ("route", "status", "request_id", "response_id", "operation", "stream")}
+    assert told == {
+        "route": "/v1/chat/completions/{first}",
+        "status": 200,
+        "request_id": "r-1",
+        "response_id": "cmpl-1",
+        "operation": "chat",
+        "stream": True,
+    }
+    assert (line["prompt_tokens"], line["completion_tokens"], line["finish_reason"]) == (3, 2, "stop")
+    assert not line["client_disconnected"]
+    assert "prompt" not in line and "sk-1" not in json.dumps(line)
+
+
+def test_several_prompts_are_one_line(observability, lines):
+    client = TestClient(make_app(observability, Workers()))
+    assert client.post("/v1/completions").json() == ["ab", "ab", "ab"]
+    (line,) = lines
+    assert (line["prompt_tokens"], line["cached_tokens"], line["completion_tokens"]) == (6, 3, 6)
+    assert (line["operation"], line["finish_reason"]) == ("text_completion", "stop,stop,stop")
+    assert samples(observability.metrics)["lightning_llm:request_prompt_tokens_count", "0"] == 3
 
 
 def test_prompts_are_logged_where_an_option_says_so(lines):
     observability = Observability(ServerMetrics("tiny", max_model_len=128), log_prompts=True)
-    TestClient(make_app(observability, Workers())).post("/v1/completions/x")
+    TestClient(make_app(observability, Workers())).post("/v1/chat/completions/1")
     (line,) = lines
-    assert line["prompt"] == "secret"
+    assert line["prompt"] == "1 2 3"
 
 
 def test_unknown_paths_are_one_route_and_failures_have_a_name(observability, lines):
@@ -116,7 +151,8 @@ def test_unknown_paths_are_one_route_and_failures_have_a_name(observability, lin
 
 
 def test_a_client_that_goes_away_is_noticed(observability, lines):
-    app = make_app(observability, Workers())
+    workers = Workers()
+    app = make_app(observability, workers)
 
     async def leave() -> None:
         first = asyncio.Event()
@@ -135,7 +171,7 @@ def test_a_client_that_goes_away_is_noticed(observability, lines):
         scope = {
             "type": "http",
             "method": "POST",
-            "path": "/v1/completions/endless",
+            "path": f"/v1/chat/completions/{ENDLESS}",
             "headers": [],
             "query_string": b"",
         }
@@ -144,6 +180,7 @@ def test_a_client_that_goes_away_is_noticed(observability, lines):
     asyncio.run(leave())
     (line,) = lines
     assert line["client_disconnected"] and line["status"] == 200 and "finish_reason" not in line
+    assert line["completion_tokens"] == 1 and workers.cancelled == 1
     found = samples(observability.metrics)
     assert found["lightning_llm:time_to_first_token_seconds_count", "0"] == 1
     assert found["lightning_llm:e2e_request_latency_seconds_count", "0"] == 0

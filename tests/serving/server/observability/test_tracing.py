@@ -13,7 +13,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from lightning_llm.errors import ConfigurationError
-from lightning_llm.serving.engine.outputs import Update, Usage
+from lightning_llm.serving.engine.outputs import Usage
 from lightning_llm.serving.engine.params import SamplingParams
 from lightning_llm.serving.server.observability.record import RequestRecord, ResponseRecord
 from lightning_llm.serving.server.observability.tracing import make_tracer
@@ -79,15 +79,18 @@ def attributes(span: Span) -> dict[str, object]:
 
 def answered() -> RequestRecord:
     params = SamplingParams(temperature=0.5, top_p=0.9, top_k=20, seed=7, max_tokens=64, stop=("END",))
-    record = RequestRecord(request_id="chatcmpl-1", model="tiny", params=params, stream=True, arrival=10.0)
+    record = RequestRecord(request_id="chatcmpl-1", model="tiny", params=params, arrival=10.0)
     record.first_token = 10.25
-    record.take(Update("chatcmpl-1", 0, [5], "x", finish_reason="stop", usage=Usage(12, 5, 8, 0, 0.1, 0.15, 0.75)))
+    record.prompt_tokens, record.completion_tokens, record.cached_tokens = 12, 5, 8
+    record.finish_reasons, record.usages = ["stop"], [Usage(12, 5, 8, 0, 0.1, 0.15, 0.75)]
     return record
 
 
 def response(**kwargs: object) -> ResponseRecord:
     values: dict[str, object] = {"method": "POST", "route": "/v1/chat/completions", "path": "/v1/chat/completions"}
-    return ResponseRecord(**(values | {"status": 200, "duration": 1.0, "server": ("127.0.0.1", 8000)} | kwargs))
+    return ResponseRecord(
+        **(values | {"status": 200, "duration": 1.0, "stream": True, "server": ("127.0.0.1", 8000)} | kwargs)
+    )
 
 
 def test_a_span_says_all_there_is_to_say_and_continues_the_clients_trace(collector: Collector) -> None:
@@ -145,7 +148,7 @@ def test_errors_and_clients_without_a_trace(collector: Collector, monkeypatch: p
     assert tracer is not None
     record = RequestRecord(request_id="cmpl-2", model="tiny", operation="text_completion", params=SamplingParams())
     tracer.record(record, response(status=400, headers={"traceparent": "nonsense"}))
-    record.take(Update("cmpl-2", error="The model could not compute this request.", finish_reason="error"))
+    record.error = "The model could not compute this request."
     tracer.record(record, response(status=500, error_type="RuntimeError"))
     tracer.shutdown()
     bad, failed = collector.spans()
