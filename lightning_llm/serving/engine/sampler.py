@@ -143,10 +143,10 @@ def _choose(logits: Tensor, best: Tensor, states: list[SamplingState]) -> list[t
                 errors[row] = "no token is possible: the grammar, the bias and min_tokens leave none"
     drawn = [row for row, state in enumerate(states) if errors[row] is None and not state.params.greedy]
     if drawn:
-        tokens = _draw(
+        picks = _draw(
             _take(logits, drawn) if len(drawn) < len(states) else logits, best[drawn], [states[row] for row in drawn]
         )
-        for row, token in zip(drawn, tokens, strict=True):
+        for row, token in zip(drawn, picks, strict=True):
             token_ids[row] = token
     return [(_NO_TOKEN if error else token, error) for token, error in zip(token_ids, errors, strict=True)]
 

@@ -1,4 +1,4 @@
-"""A `.gguf` file -> a Hugging Face folder, tensor by tensor. `sources.py` calls it and keeps the folder in the cache."""
+"""A `.gguf` file -> a Hugging Face folder, tensor by tensor. `sources.py` keeps the folder in the cache."""
 
 from __future__ import annotations
 

@@ -68,6 +68,7 @@ class GGUFFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._reader = _open(self.path)
+        self._values: dict[str, Any] = {}
         self.tensors: dict[str, ReaderTensor] = {tensor.name: tensor for tensor in self._reader.tensors}
         self.architecture = str(self.value("general.architecture"))
         if self.architecture not in ARCHITECTURES:
@@ -83,8 +84,12 @@ class GGUFFile:
 
     def value(self, key: str, default: Any = None) -> Any:
         """A value of the metadata; `{arch}.` at the front of a key stands for the family."""
-        field = self._reader.get_field(key.replace("{arch}", getattr(self, "architecture", "")))
-        return default if field is None else field.contents()
+        key = key.replace("{arch}", getattr(self, "architecture", ""))
+        if key not in self._values:  # a vocabulary takes a while to put together
+            field = self._reader.get_field(key)
+            self._values[key] = None if field is None else field.contents()
+        value = self._values[key]
+        return default if value is None else value
 
     def _number(self, key: str) -> Any:
         """A number that has to be there, the same for all layers."""
@@ -112,7 +117,6 @@ class GGUFFile:
                     f"{self.path}: {self.architecture}.{key} is {self.value(f'{{arch}}.{key}')}, but heads are "
                     f"{head_dim} wide: Decoder has values as wide as keys, and rotates whole heads."
                 )
-        eos = self.value("tokenizer.ggml.eos_token_id")
         try:
             return DecoderConfig(
                 vocab_size=int(self.tensor("token_embd.weight").shape[-1]),
@@ -132,7 +136,7 @@ class GGUFFile:
                 mlp_bias="blk.0.ffn_gate.bias" in self.tensors,
                 sliding_window=self.value("{arch}.attention.sliding_window"),
                 bos_token_id=self.value("tokenizer.ggml.bos_token_id"),
-                eos_token_id=eos,
+                eos_token_id=self.value("tokenizer.ggml.eos_token_id"),
                 pad_token_id=self.value("tokenizer.ggml.padding_token_id"),
                 dtype=dtype,
                 **self._experts(),

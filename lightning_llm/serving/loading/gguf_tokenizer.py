@@ -128,7 +128,7 @@ def _byte_level(file: GGUFFile, tokens: list[str]) -> tuple[Tokenizer, bool]:
     if name not in PRE_TOKENIZERS:
         raise ConfigurationError(
             f"{file.path} says that its texts are split as {name!r} (tokenizer.ggml.pre), which is not known here; "
-            f"known are {', '.join(PRE_TOKENIZERS)}. Use the model's Hugging Face folder, whose tokenizer.json says how."
+            f"known are {', '.join(PRE_TOKENIZERS)}. Use the model's Hugging Face folder: its tokenizer.json says how."
         )
     if name == "default":
         log.warning(

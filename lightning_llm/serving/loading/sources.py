@@ -1,4 +1,4 @@
-"""`load_model`: what a model's name means. Whatever it is, it becomes a Hugging Face folder, which `folder.py` loads."""
+"""`load_model`: what a model's name means. Whatever it is becomes a Hugging Face folder, which `folder.py` loads."""
 
 from __future__ import annotations
 
