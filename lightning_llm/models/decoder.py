@@ -18,7 +18,7 @@ from lightning_llm.models.expert_weights import PretrainedWeights, to_files
 from lightning_llm.models.initialization import RandomInit
 from lightning_llm.models.mlp import MLP
 from lightning_llm.models.moe import MoE, RouterLosses
-from lightning_llm.models.rotary import Rope, cos_sin, rotate
+from lightning_llm.models.rotary import Rope, Rotation, cos_sin, rotate
 from lightning_llm.models.weights import DEFAULT_SHARD_SIZE, load_weights, save_weights, torch_dtype
 
 
@@ -66,7 +66,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         *,
-        positions: Tensor | int | None = None,
+        positions: Tensor | int | Rotation | None = None,
         attention: AttentionFunction = causal_attention,
         document_ids: Tensor | None = None,
     ) -> Tensor:
@@ -79,7 +79,10 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         # The length is q's: with sequence parallelism x is a slice of the sequence that the projections gather.
-        cos, sin = cos_sin(self.rope, positions, q.shape[2], device=q.device, dtype=q.dtype)
+        if isinstance(positions, Rotation):
+            cos, sin = positions
+        else:
+            cos, sin = cos_sin(self.rope, positions, q.shape[2], device=q.device, dtype=q.dtype)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         documents: dict[str, Any] = {} if document_ids is None else {"document_ids": document_ids}
         out = attention(q, k, v, layer=self.layer, scale=self.scale, sliding_window=self.sliding_window, **documents)
@@ -107,7 +110,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         *,
-        positions: Tensor | int | None = None,
+        positions: Tensor | int | Rotation | None = None,
         attention: AttentionFunction = causal_attention,
         document_ids: Tensor | None = None,
     ) -> Tensor:
@@ -133,7 +136,7 @@ class Trunk(nn.Module):
         self,
         x: Tensor,
         *,
-        positions: Tensor | int | None = None,
+        positions: Tensor | int | Rotation | None = None,
         attention: AttentionFunction = causal_attention,
         document_ids: Tensor | None = None,
     ) -> Tensor:
@@ -177,7 +180,7 @@ class Decoder(nn.Module):
         self,
         x: Tensor,
         *,
-        positions: Tensor | int | None = None,
+        positions: Tensor | int | Rotation | None = None,
         attention: AttentionFunction = causal_attention,
         document_ids: Tensor | None = None,
     ) -> Tensor:
@@ -187,7 +190,7 @@ class Decoder(nn.Module):
 
         Args:
             positions: where the tokens stand: a tensor [seq] or [batch, seq], or an int for consecutive tokens from
-                there on. None: from 0.
+                there on; a `Rotation`, which is looked up once instead of in every layer. None: from 0.
             attention: see `AttentionFunction`.
             document_ids: [batch, seq] ints, where several documents are packed into a sequence: tokens attend only to
                 tokens of their own.

@@ -233,6 +233,23 @@ def cos_sin(
     return table[0][first:end], table[1][first:end]
 
 
+class Rotation(NamedTuple):
+    """Cosine and sine of tokens in hand, [seq, head_dim / 2]: what a decoder takes in place of positions, where one
+    look-up is to serve all layers."""
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def of(cls, rope: Rope, positions: Tensor, length: int, *, dtype: torch.dtype) -> "Rotation":
+        """Of tokens at `positions`, [seq], all below `length`, for activations of `dtype`.
+
+        The kinds that depend on length turn all of them as tokens of a sequence of `length`.
+        """
+        cos, sin = cos_sin(rope, 0, length, device=positions.device, dtype=dtype)
+        return cls(cos[positions], sin[positions])
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns the pairs (x[i], x[i + head_dim / 2]) of each head by the angles of its position.
 
