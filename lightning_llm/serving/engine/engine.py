@@ -18,16 +18,16 @@ from torch import Tensor
 from lightning_llm.models.decoder import Decoder
 from lightning_llm.serving.engine.config import EngineConfig
 from lightning_llm.serving.engine.costs import PreemptionCosts
-from lightning_llm.serving.engine.grammar import GrammarCompiler
+from lightning_llm.serving.engine.grammar import GrammarCompiler, GrammarMatcher
 from lightning_llm.serving.engine.kv_cache import KVCache
 from lightning_llm.serving.engine.outputs import EngineStats, TokenLogprob, Update, Usage
 from lightning_llm.serving.engine.params import SamplingParams
-from lightning_llm.serving.engine.request import FinishReason, Request, Status
+from lightning_llm.serving.engine.request import FinishReason, Request
 from lightning_llm.serving.engine.runner import Runner
 from lightning_llm.serving.engine.sampler import Sampled, Sampler
 from lightning_llm.serving.engine.sampling_state import SamplingState
 from lightning_llm.serving.engine.scheduler import Schedule, Scheduler
-from lightning_llm.serving.engine.sizing import cache_blocks, longest_sequence, window_of
+from lightning_llm.serving.engine.sizing import block_bytes, cache_blocks, longest_sequence, window_of
 from lightning_llm.serving.engine.text import TextStream
 from lightning_llm.serving.errors import RequestError
 from lightning_llm.serving.kernels.batch import Piece
@@ -81,7 +81,7 @@ class Engine:
             kv_dtype=config.kv_cache_dtype,
             host_blocks=config.swap_blocks,
         )
-        self.costs = PreemptionCosts(self.cache.bytes_per_block, 2 * model.num_active_parameters)
+        self.costs = PreemptionCosts(block_bytes(config, model, weight.dtype), 2 * model.num_active_parameters())
         self.scheduler = Scheduler(
             config,
             num_blocks,
@@ -272,7 +272,8 @@ class Engine:
         for at in range(max(first, 0), last, _LOGITS_ROWS):
             end = min(at + _LOGITS_ROWS, last)
             targets = request.token_ids[start + at + 1 : start + end + 1]
-            request.prompt_logprobs += self._sampler.logprobs_of(self.runner.logits(hidden[at:end]), targets, wanted)
+            found = self._sampler.logprobs_of(self.runner.logits(hidden[at:end]), targets, wanted)
+            request.prompt_logprobs += [TokenLogprob(t, *one) for t, one in zip(targets, found, strict=True)]
 
     def _fork(self, request: Request) -> list[Request]:
         """The other answers to a prompt that has just been computed."""
@@ -306,7 +307,9 @@ class Engine:
         if reason is None:
             update.text = request.text.push([token])
             update.stop_reason = request.text.stop_reason
-            reason = "stop" if update.stop_reason is not None or request.sampling.is_complete else None
+            grammar = request.sampling.grammar
+            complete = grammar is not None and grammar.is_finished
+            reason = "stop" if update.stop_reason is not None or complete else None
         if reason is None and (request.num_output >= request.max_output or request.num_tokens >= self.max_model_len):
             reason = "length"
         return update if reason is None else self._finish(request, update, reason)
@@ -340,7 +343,7 @@ class Engine:
         if params.n > self.config.max_num_seqs:
             raise RequestError(f"n is {params.n}; at most {self.config.max_num_seqs} run at a time.", param="n")
 
-    def _begin_answer(self, request: Request, grammar: object) -> None:
+    def _begin_answer(self, request: Request, grammar: GrammarMatcher | None) -> None:
         prompt = request.token_ids[: request.num_prompt]
         request.sampling = SamplingState(
             request.params,

@@ -1,4 +1,4 @@
-"""What the engine says: `Update` after every step, in plain types that any wire can carry; `RequestOutput` at the end."""
+"""What the engine says: `Update` after every step, in types that any wire can carry; `RequestOutput` at the end."""
 
 from __future__ import annotations
 

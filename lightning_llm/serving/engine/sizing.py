@@ -27,6 +27,11 @@ def window_of(model: DecoderConfig) -> int | None:
     return max(known) if len(known) == len(windows) else None
 
 
+def block_bytes(config: EngineConfig, model: DecoderConfig, dtype: torch.dtype) -> int:
+    """Bytes of a block of the KV cache, over all layers."""
+    return KVCache.bytes_per_block(model, block_size=config.block_size, dtype=dtype, kv_dtype=config.kv_cache_dtype)
+
+
 def cache_blocks(config: EngineConfig, model: DecoderConfig, dtype: torch.dtype, device: torch.device) -> int:
     """Blocks of the KV cache, the null block included.
 
@@ -35,7 +40,7 @@ def cache_blocks(config: EngineConfig, model: DecoderConfig, dtype: torch.dtype,
     """
     if config.kv_cache_blocks != "auto":
         return config.kv_cache_blocks + 1
-    size = KVCache.block_bytes(model, block_size=config.block_size, dtype=dtype, kv_dtype=config.kv_cache_dtype)
+    size = block_bytes(config, model, dtype)
     if device.type == "cuda":
         free, share = torch.cuda.mem_get_info(device)[0], _SHARE_OF_GPU
     else:
