@@ -14,13 +14,15 @@ from lightning_llm.serving.server.http.errors import install
 from lightning_llm.serving.server.http.limits import BodyLimits
 from lightning_llm.serving.server.http.middleware import CancelOnDisconnect, ErrorBoundary, RequestIds
 from lightning_llm.serving.server.http.probes import probe_routes
-from lightning_llm.serving.server.http.service import Service
+from lightning_llm.serving.server.http.service import Observer, Service
 from lightning_llm.serving.server.http.settings import HTTPSettings
 from lightning_llm.serving.server.http.simple import simple_routes
 from lightning_llm.serving.server.http.tokens import token_routes
 
 
-def attach(app: FastAPI, client: EngineClient, settings: HTTPSettings | None = None) -> Service:
+def attach(
+    app: FastAPI, client: EngineClient, settings: HTTPSettings | None = None, *, observer: Observer | None = None
+) -> Service:
     """Lets an app answer OpenAI's API with an engine.
 
     Middleware that is added afterwards is asked first: it knows a request by its headers alone, and may put the tenant
@@ -30,11 +32,12 @@ def attach(app: FastAPI, client: EngineClient, settings: HTTPSettings | None = N
         app: Before it has started.
         client: The engine.
         settings: Limits and choices.
+        observer: Is told of every prompt that goes to the engine.
 
     Returns:
         What the routes share.
     """
-    service = Service(client, settings or HTTPSettings())
+    service = Service(client, settings or HTTPSettings(), observer)
     install(app, service.settings.retry_after)
     describe(app)
     # The last is the outermost.

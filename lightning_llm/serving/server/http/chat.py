@@ -46,7 +46,7 @@ def chat_routes(service: Service, style: ToolStyle) -> APIRouter:
         """Answers a conversation."""
         service.admit(body.model)
         use = tool_use(body, style)
-        params = chat_params(body, grammar=use.grammar, special=use.form.special)
+        params = chat_params(body, service.defaults, grammar=use.grammar, special=use.form.special)
         prompt = await chat_prompt(
             service,
             style,

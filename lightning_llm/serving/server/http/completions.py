@@ -33,7 +33,7 @@ def completion_routes(service: Service) -> APIRouter:
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         """Continues texts."""
         service.admit(body.model)
-        params = completion_params(body)
+        params = completion_params(body, service.defaults)
         prompts = await service.encode_all(body.prompt, "prompt", add_special_tokens=body.add_special_tokens)
         completions = Completions(service, body, service.job(request, body, "cmpl", prompts, params))
         if body.stream:

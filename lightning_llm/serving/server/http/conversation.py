@@ -56,7 +56,7 @@ class ToolStyle:
         """A conversation with a call, as the template has it; empty where it cannot."""
         call = {"type": "function", "id": "probe0000", "function": {"name": _PROBE, "arguments": {}}}
         tool = {"type": "function", "function": {"name": _PROBE, "description": "", "parameters": _NO_PARAMETERS}}
-        messages = [
+        messages: list[dict[str, Any]] = [
             {"role": "user", "content": "?"},
             {"role": "assistant", "content": "", "tool_calls": [call]},
             {"role": "tool", "content": "!", "tool_call_id": "probe0000", "name": _PROBE},

@@ -16,6 +16,8 @@ from lightning_llm.serving.server.http.requests import (
     SamplingBody,
 )
 
+Defaults = Mapping[str, Any]
+
 # Fields that go to `SamplingParams` as they are.
 _PLAIN = (
     "n",
@@ -36,11 +38,14 @@ _PLAIN = (
 )
 
 
-def chat_params(body: ChatCompletionRequest, *, grammar: Grammar | None, special: bool) -> SamplingParams:
+def chat_params(
+    body: ChatCompletionRequest, defaults: Defaults, *, grammar: Grammar | None, special: bool
+) -> SamplingParams:
     """Of a chat.
 
     Args:
         body: The request.
+        defaults: Of `SamplingParams`, where the request says nothing.
         grammar: That calls of tools must follow; it goes before the request's own, of which there must be none.
         special: Whether special tokens are needed in the text, to find calls of tools by them.
     """
@@ -60,10 +65,10 @@ def chat_params(body: ChatCompletionRequest, *, grammar: Grammar | None, special
     }
     if special:
         further["skip_special_tokens"] = False
-    return _params(body, further, {"max_tokens": limit, "logprobs": "top_logprobs"})
+    return _params(body, defaults, further, {"max_tokens": limit, "logprobs": "top_logprobs"})
 
 
-def completion_params(body: CompletionRequest) -> SamplingParams:
+def completion_params(body: CompletionRequest, defaults: Defaults) -> SamplingParams:
     """Of a completion. For nothing but the prompt's echo, `max_tokens` 0, one token is made that is not shown."""
     further = {
         "max_tokens": _or(body.max_tokens, SamplingParams.max_tokens),
@@ -77,26 +82,27 @@ def completion_params(body: CompletionRequest) -> SamplingParams:
         raise RequestError("best_of is not supported: use n, and choose by logprobs.", param="best_of")
     if body.echo and body.max_tokens == 0:
         further |= {"max_tokens": 1, "logprobs": None}
-    return _params(body, further, {"prompt_logprobs": "logprobs"})
+    return _params(body, defaults, further, {"prompt_logprobs": "logprobs"})
 
 
-def generate_params(body: GenerateRequest) -> SamplingParams:
+def generate_params(body: GenerateRequest, defaults: Defaults) -> SamplingParams:
     """Of the simple call."""
-    return _params(
-        body, {"max_tokens": _or(body.max_tokens, SamplingParams.max_tokens), "grammar": grammar_of(body)}, {}
-    )
+    further = {"max_tokens": _or(body.max_tokens, SamplingParams.max_tokens), "grammar": grammar_of(body)}
+    return _params(body, defaults, further, {})
 
 
 def _or(value: int | None, default: int | None) -> int | None:
     return default if value is None else value
 
 
-def _params(body: SamplingBody, further: Mapping[str, Any], names: Mapping[str, str]) -> SamplingParams:
+def _params(
+    body: SamplingBody, defaults: Defaults, further: Mapping[str, Any], names: Mapping[str, str]
+) -> SamplingParams:
     given = {name: getattr(body, name) for name in _PLAIN if getattr(body, name) is not None}
     if body.logit_bias:
         given["logit_bias"] = {_token_id(token): bias for token, bias in body.logit_bias.items()}
     try:
-        return SamplingParams(**(given | further))
+        return SamplingParams(**{**defaults, **given, **further})
     except RequestError as error:
         name = names.get(error.param or "")
         if name is None:

@@ -1,4 +1,4 @@
-"""The bodies of requests: OpenAI's, with vLLM's additional fields. Fields that nobody knows are passed over, as in vLLM.
+"""The bodies of requests: OpenAI's, with vLLM's additional fields. Unknown fields are passed over, as in vLLM.
 
 Types and structure are checked here, ranges by `SamplingParams`. Whatever is wrong is a 400 that names the field.
 """

@@ -7,10 +7,10 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from starlette.requests import Request
 
@@ -66,14 +66,18 @@ class Job:
     """Prompts of one HTTP request, and how they are to be answered.
 
     Attributes:
+        request: Whose they are.
         id: Of the answer, as the client sees it.
+        stream: Whether the answer goes out piece by piece.
         prompts: As tokens.
         params: For all of them.
         priority, cache_salt, pooling: See `Engine.add`.
         created: Seconds since 1970.
     """
 
+    request: Request
     id: str
+    stream: bool = False
     prompts: list[list[int]]
     params: SamplingParams
     priority: int = 0
@@ -86,18 +90,32 @@ class Job:
         return Tally(sum(map(len, self.prompts)))
 
 
+class Observer(Protocol):
+    """Whoever wants to know of requests: metrics, logs and traces."""
+
+    def __call__(self, job: Job, place: int, /) -> Callable[[Update], object]:
+        """A prompt, the one at `place`, goes to the engine. What this returns is shown what comes of it."""
+
+
 class Service:
     """Answers prompts with the engine.
 
     Args:
         client: The engine.
         settings: Limits and choices.
+        observer: Is told of every prompt.
     """
 
-    def __init__(self, client: EngineClient, settings: HTTPSettings) -> None:
+    def __init__(self, client: EngineClient, settings: HTTPSettings, observer: Observer | None = None) -> None:
         self.client = client
         self.settings = settings
+        self.observer = observer
         self.started = int(time.time())
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """Of `SamplingParams`."""
+        return self.settings.default_sampling_params
 
     @property
     def fingerprint(self) -> str:
@@ -185,6 +203,8 @@ class Service:
         `request.state.cache_salt`, and within the client's own salt in that."""
         tenant = request.scope.get("state", {}).get("cache_salt", "")
         return Job(
+            request=request,
+            stream=bool(getattr(body, "stream", False)),
             id=f"{kind}-{uuid.uuid4().hex}",
             prompts=prompts,
             params=params,
@@ -245,8 +265,11 @@ class Service:
             cache_salt=job.cache_salt,
             pooling=job.pooling,
         )
+        watch = None if self.observer is None else self.observer(job, place)
         async with aclosing(updates):
             async for update in updates:
+                if watch is not None:
+                    watch(update)
                 if update.error is not None or update.finish_reason in ("error", "abort"):
                     raise EngineFailedError(update.error or "aborted")
                 yield update

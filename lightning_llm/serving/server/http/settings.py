@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from lightning_llm.errors import ConfigurationError
 
@@ -34,6 +35,9 @@ class HTTPSettings:
     """How the hidden states of a text become its embedding."""
     tool_parser: ToolParserName = "auto"
     """How the model writes calls of tools; "auto": as its chat template does."""
+
+    default_sampling_params: Mapping[str, Any] = field(default_factory=dict)
+    """Of `SamplingParams`, where a request leaves them out: what the model's makers say."""
 
     def __post_init__(self) -> None:
         for name in ("max_body_bytes", "max_json_depth", "body_timeout", "ping_interval", "max_inputs", "retry_after"):

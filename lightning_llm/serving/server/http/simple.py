@@ -23,7 +23,7 @@ def simple_routes(service: Service) -> APIRouter:
 
     async def prepare(body: GenerateRequest, request: Request) -> Job:
         service.admit(body.model)
-        params = generate_params(body)
+        params = generate_params(body, service.defaults)
         prompts = await service.encode_all([body.prompt], "prompt", add_special_tokens=body.add_special_tokens)  # type: ignore[arg-type]
         return service.job(request, body, "gen", prompts, params)
 

@@ -1,8 +1,8 @@
 """Calls of tools in what a model writes: found as the text comes, so that a stream can pass them on piece by piece.
 
 Models write calls as they were trained to. Hermes and Qwen: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`.
-Llama 3: an answer that is nothing but `{"name": ..., "parameters": {...}}`. Mistral: `[TOOL_CALLS]` and an array of them
-or, lately, `[TOOL_CALLS]name{...}`. What a grammar enforces is an array of calls, or the arguments of one alone.
+Llama 3: an answer that is nothing but `{"name": ..., "parameters": {...}}`. Mistral: `[TOOL_CALLS]` and an array of
+them or, lately, `[TOOL_CALLS]name{...}`. What a grammar enforces is an array of calls, or the arguments of one alone.
 """
 
 from __future__ import annotations
