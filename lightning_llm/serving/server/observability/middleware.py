@@ -1,16 +1,12 @@
-"""`Observability`: sees every request from its first byte to its last, and tells metrics, log and trace at its end.
-
-It stands around the routes as middleware and before the engine as a client, so that routes need not know of it.
-"""
+"""`Observability`: sees every request from its first byte to its last, and tells metrics, log and trace at its end."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
-from contextvars import ContextVar
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from fastapi import FastAPI
 from starlette.requests import Request
@@ -18,36 +14,21 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lightning_llm.serving.engine.outputs import EngineStats, Update
-from lightning_llm.serving.engine.params import SamplingParams
+from lightning_llm.serving.server.http.client import EngineClient
+from lightning_llm.serving.server.http.service import Job
 from lightning_llm.serving.server.observability.logs import log_request
-from lightning_llm.serving.server.observability.metrics import ServerMetrics
+from lightning_llm.serving.server.observability.metrics import RequestObserver, ServerMetrics
 from lightning_llm.serving.server.observability.record import Operation, RequestRecord, ResponseRecord, joined
 from lightning_llm.serving.server.observability.tracing import RequestTracer
 
 log = logging.getLogger(__name__)
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's word for a client that did not wait for an answer
-
-# The prompts of the HTTP request that is being answered. A list, since tasks of a route have copies of its context.
-_records: ContextVar[list[RequestRecord] | None] = ContextVar("records", default=None)
-_path: ContextVar[str] = ContextVar("path", default="")
+_SCOPE = "lightning_llm.seen"
 
 
-class Engines(Protocol):
-    """The engines, as the process that speaks HTTP sees them."""
-
-    @property
-    def model_name(self) -> str:
-        """What clients call the model."""
-
-    @property
-    def tokenizer(self) -> Any:
-        """The model's."""
-
-    def generate(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, request_id: str, **options: Any
-    ) -> AsyncGenerator[Update, None]:
-        """What comes of a prompt until all its answers have ended. Closing the iterator cancels it."""
+class StatsSource(Protocol):
+    """Who knows how the workers stand."""
 
     async def stats(self) -> Sequence[EngineStats | None]:
         """Of each worker, by its index; None of one that does not answer."""
@@ -56,40 +37,60 @@ class Engines(Protocol):
 class Observability:
     """What an API process shows of itself.
 
-        observability = Observability(metrics, tracer=make_tracer())
-        attach(app, observability.watch(client), settings)
-        observability.attach(app, client)
+        observability = Observability(metrics, client, tracer=make_tracer())
+        attach(app, client, settings, observer=observability)
+        observability.attach(app)
 
     Args:
         metrics: Where requests are counted.
+        client: The engines.
         tracer: Where spans go; None: nowhere.
         log_prompts: Put prompts in the log.
     """
 
     def __init__(
-        self, metrics: ServerMetrics, *, tracer: RequestTracer | None = None, log_prompts: bool = False
+        self,
+        metrics: ServerMetrics,
+        client: EngineClient,
+        *,
+        tracer: RequestTracer | None = None,
+        log_prompts: bool = False,
     ) -> None:
         self.metrics = metrics
+        self.client = client
         self.tracer = tracer
         self.log_prompts = log_prompts
 
-    def watch(self, client: Engines) -> Any:
-        """The same client, except that what it generates is measured."""
-        return _WatchedEngines(client, self)
-
-    def attach(self, app: FastAPI, client: Engines) -> None:
+    def attach(self, app: FastAPI) -> None:
         """Adds `GET /metrics`, and the middleware: as the last one that is added, it is around the others."""
 
         @app.get("/metrics", include_in_schema=False)
         async def show_metrics(request: Request) -> Response:
-            return await self.scrape(client, request.headers.get("accept", ""))
+            return await self.scrape(self.client, request.headers.get("accept", ""))
 
         app.add_middleware(ObservabilityMiddleware, observability=self)
 
-    async def scrape(self, client: Engines, accept: str) -> Response:
+    def __call__(self, job: Job, place: int) -> Callable[[Update], None]:
+        """A prompt goes to the engine: what this returns is to be shown what comes of it."""
+        seen: _Seen = job.request.scope.setdefault(_SCOPE, _Seen())
+        prompt = job.prompts[place]
+        record = RequestRecord(
+            request_id=job.id,
+            model=self.client.model_name,
+            operation=_operation(job),
+            params=None if job.pooling else job.params,
+            prompt=self.client.tokenizer.decode(prompt) if self.log_prompts else None,
+            arrival=seen.began,
+            prompt_tokens=len(prompt),
+        )
+        observer = self.metrics.observe(record)
+        seen.observers.append(observer)
+        return observer.on_update
+
+    async def scrape(self, source: StatsSource, accept: str = "") -> Response:
         """What a scraper gets."""
         try:
-            stats = await client.stats()
+            stats = await source.stats()
         except Exception:  # metrics matter most when something does not work
             log.exception("The workers did not say how they stand")
             stats = []
@@ -97,52 +98,21 @@ class Observability:
         content, content_type = self.metrics.render(accept)
         return Response(content, headers={"content-type": content_type})
 
-    def end(self, records: Sequence[RequestRecord], response: ResponseRecord) -> None:
+    def end(self, observers: Sequence[RequestObserver], response: ResponseRecord) -> None:
         """A response went out."""
         self.metrics.count_response(response)
-        request = joined(records) if records else None
+        for observer in observers:
+            observer.on_finish()
+        request = joined([observer.record for observer in observers]) if observers else None
         if request is not None and self.tracer is not None:
             self.tracer.record(request, response)
         log_request(response, request)
 
 
-class _WatchedEngines:
-    """An engine client of which every request is measured."""
-
-    def __init__(self, client: Engines, observability: Observability) -> None:
-        self._client = client
-        self._observability = observability
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._client, name)
-
-    async def generate(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, request_id: str, **options: Any
-    ) -> AsyncGenerator[Update, None]:
-        embeds = options.get("pooling") is not None
-        record = RequestRecord(
-            request_id=request_id,
-            model=self._client.model_name,
-            operation="embeddings" if embeds else _operation(),
-            params=None if embeds else params,
-            prompt=self._client.tokenizer.decode(prompt_ids) if self._observability.log_prompts else None,
-            prompt_tokens=len(prompt_ids),
-        )
-        records = _records.get()
-        if records is not None:
-            records.append(record)
-        observer = self._observability.metrics.observe(record)
-        try:
-            async with aclosing(self._client.generate(prompt_ids, params, request_id=request_id, **options)) as updates:
-                async for update in updates:
-                    observer.on_update(update)
-                    yield update
-        finally:
-            observer.on_finish()
-
-
-def _operation() -> Operation:
-    return "chat" if "/chat/" in _path.get() else "text_completion"
+def _operation(job: Job) -> Operation:
+    if job.pooling:
+        return "embeddings"
+    return "chat" if "/chat/" in job.request.scope["path"] else "text_completion"
 
 
 class ObservabilityMiddleware:
@@ -162,10 +132,7 @@ class ObservabilityMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began = time.monotonic()
-        records: list[RequestRecord] = []
-        tokens = _records.set(records), _path.set(scope["path"])
-        seen = _Seen()
+        seen = scope[_SCOPE] = _Seen()
 
         async def received() -> Message:
             message = await receive()
@@ -183,32 +150,35 @@ class ObservabilityMiddleware:
             error_type = type(error).__name__
             raise
         finally:
-            _records.reset(tokens[0])
-            _path.reset(tokens[1])
+            if error_type is None and not seen.complete and not seen.gone:
+                error_type = "IncompleteResponse"
             response = ResponseRecord(
                 method=scope["method"],
                 route=getattr(scope.get("route"), "path", "other"),
                 path=scope["path"],
                 status=seen.status or (500 if error_type is not None and not seen.gone else CLIENT_CLOSED_REQUEST),
-                duration=time.monotonic() - began,
+                duration=time.monotonic() - seen.began,
                 stream=seen.stream,
-                disconnected=seen.gone or (error_type is None and not seen.complete),
+                disconnected=seen.gone,
                 error_type=error_type,
                 request_id=seen.request_id,
                 client=scope["client"][0] if scope.get("client") else None,
                 server=tuple(scope["server"]) if scope.get("server") else None,
                 headers={name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]},
             )
-            self.observability.end(records, response)
+            self.observability.end(seen.observers, response)
 
 
+@dataclass
 class _Seen:
-    """How far a response has gone."""
+    """A request that is being answered: its prompts, and how far the response has gone."""
 
-    status = 0
-    stream = False
-    complete = False
-    gone = False
+    began: float = field(default_factory=time.monotonic)
+    observers: list[RequestObserver] = field(default_factory=list)
+    status: int = 0
+    stream: bool = False
+    complete: bool = False
+    gone: bool = False
     request_id: str | None = None
 
     def take(self, message: Message) -> None:

@@ -70,7 +70,9 @@ def content_security_policy(page: str) -> str:
 
     def hashes(tag: str) -> str:
         texts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in texts)
+        return " ".join(
+            f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in texts
+        )
 
     return "; ".join(
         (
@@ -92,7 +94,7 @@ class _State:
     def __init__(self, client: Engines) -> None:
         self._client = client
         self._asking = asyncio.Lock()
-        self._asked = -FRESH
+        self._asked = float("-inf")
         self._state: dict[str, Any] = {}
 
     async def get(self) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
+import importlib
 import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import ModuleType
 
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
@@ -167,14 +168,26 @@ def test_a_client_that_does_not_sample_is_not_recorded(collector: Collector) -> 
     assert collector.spans() == []
 
 
-def test_without_an_endpoint_opentelemetry_is_not_imported() -> None:
-    program = (
-        "import os, sys; [os.environ.pop(name) for name in list(os.environ) if name.startswith('OTEL_')]\n"
-        "from lightning_llm.serving.server.observability.tracing import make_tracer\n"
-        "assert make_tracer() is None\n"
-        "assert not any(name.split('.')[0] == 'opentelemetry' for name in sys.modules), 'imported'\n"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+@pytest.fixture
+def without_opentelemetry(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module as it is imported where OpenTelemetry is not installed."""
+    name = "lightning_llm.serving.server.observability.tracing"
+    for other in [other for other in sys.modules if other.split(".")[0] == "opentelemetry"]:
+        monkeypatch.setitem(sys.modules, other, None)
+    monkeypatch.setitem(sys.modules, "opentelemetry", None)
+    monkeypatch.delitem(sys.modules, name)
+    for variable in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"):
+        monkeypatch.delenv(variable, raising=False)
+    return importlib.import_module(name)
+
+
+def test_without_an_endpoint_opentelemetry_is_not_imported(without_opentelemetry: ModuleType) -> None:
+    assert without_opentelemetry.make_tracer() is None
+
+
+def test_an_endpoint_without_opentelemetry_is_a_mistake_that_is_told(without_opentelemetry: ModuleType) -> None:
+    with pytest.raises(ConfigurationError, match=r"pip install 'lightning-llm\[serve\]'"):
+        without_opentelemetry.make_tracer("http://localhost:4318")
 
 
 def test_an_endpoint_that_is_no_url_is_refused() -> None:
