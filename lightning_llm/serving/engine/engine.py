@@ -146,6 +146,15 @@ class Engine:
         self._live[request_id] = [request]
         self.scheduler.add(request)
 
+    def prepare(self, params: SamplingParams) -> None:
+        """Does beforehand what `add` would take long for; the one method that may be called by another thread.
+
+        Raises:
+            RequestError: `add` would raise it.
+        """
+        if params.grammar is not None:
+            self._grammars.compile(params.grammar)
+
     def abort(self, request_id: str) -> None:
         """Ends a request, wherever it stands; its blocks are free when this returns. Unknown ones are passed over."""
         for request in self._live.pop(request_id, ()):
