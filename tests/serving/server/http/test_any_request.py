@@ -134,14 +134,14 @@ def test_schemathesis(small: Server, mode: GenerationMode) -> None:
     tested = 0
     for result in schema.get_all_operations():
         operation = result.ok()
-        if mode is GenerationMode.NEGATIVE and not (operation.body or operation.path_parameters):
+        if mode is GenerationMode.NEGATIVE and not operation.body:
             continue  # there is nothing to get wrong
 
         @given(case=operation.as_strategy(generation_mode=mode))
-        @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
         def ask(case: schemathesis.Case) -> None:
             case.call_and_validate(checks=checks)
 
         ask()
         tested += 1
-    assert tested == (13 if mode is GenerationMode.POSITIVE else 8)
+    assert tested == (13 if mode is GenerationMode.POSITIVE else 7)
