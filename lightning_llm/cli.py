@@ -258,7 +258,10 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
 }
 
 # name -> what it is for, and the room whose commands.py has `main(arguments) -> exit code`
-GROUPS = {"registry": ("Keep versions of models: list, register, promote, pull.", "lightning_llm.registry")}
+GROUPS = {
+    "registry": ("Keep versions of models: list, register, promote, pull.", "lightning_llm.registry"),
+    "serve": ("Serve a model behind an OpenAI-compatible endpoint.", "lightning_llm.serving"),
+}
 
 
 def usage() -> str:
@@ -330,12 +333,12 @@ def _answer(run: Callable[[], int], prog: str = "lightning-llm") -> int:
 
 
 def _run_function(name: str, arguments: list[str]) -> int:
-    from lightning_llm.arguments import parser_of
+    from lightning_llm.arguments import parse_arguments
     from lightning_llm.errors import CheckpointError
 
     command = COMMANDS[name]
     try:
-        return command(**vars(parser_of(command).parse_args(arguments))) or 0
+        return command(**parse_arguments(command, arguments)) or 0
     except CheckpointError as error:
         print(f"lightning-llm: {error}", file=sys.stderr)
         return FAILED

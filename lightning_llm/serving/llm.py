@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from lightning_llm.serving.loading import load_model
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
+
+# What a model's folder has besides its weights and sizes.
+_WORDS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
 class LLM:
@@ -66,6 +70,7 @@ class LLM:
         self.name = loaded.name
         self.decoder = loaded.decoder
         self.tokenizer = loaded.tokenizer
+        self._folder = loaded.folder
         self.default_params = SamplingParams(**loaded.generation_defaults)
         self.engine = Engine(
             loaded.decoder, loaded.tokenizer.backend, config, eos_token_ids=loaded.tokenizer.eos_token_ids
@@ -157,7 +162,9 @@ class LLM:
     def save_pretrained(self, folder: str | Path) -> Path:
         """Writes a folder that transformers and `LLM` load."""
         self.decoder.save_pretrained(folder)
-        self.tokenizer.save(folder)
+        for name in _WORDS:
+            if (self._folder / name).is_file():
+                shutil.copyfile(self._folder / name, Path(folder) / name)
         return Path(folder)
 
     def _run(self, outputs: dict[str, RequestOutput]) -> None:

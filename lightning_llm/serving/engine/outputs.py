@@ -61,6 +61,7 @@ class Update:
         usage: With the last one of an answer.
         prompt_logprobs: With the first one, where asked for; the first token of a prompt has none.
         embedding: What was pooled, [hidden].
+        worker: Whose engine it was, where there are several.
     """
 
     request_id: str
@@ -74,6 +75,7 @@ class Update:
     usage: Usage | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
     embedding: list[float] | None = None
+    worker: int = 0
 
 
 @dataclass
@@ -158,6 +160,9 @@ class EngineStats:
         num_preemptions, prompt_tokens, generation_tokens, steps: Counted from the beginning.
         prefix_cache_queries, prefix_cache_hits: Tokens of prompts that were looked for, and found.
         requests_finished: By reason.
+        step_tokens: Computed by all steps together.
+        step_sizes: Steps by how many tokens they computed: in place `i` those with more than 2 ** (i - 1) and at most
+            2 ** i.
     """
 
     num_requests_running: int
@@ -174,6 +179,8 @@ class EngineStats:
     generation_tokens: int
     steps: int
     requests_finished: dict[str, int]
+    step_tokens: int = 0
+    step_sizes: list[int] = field(default_factory=list)
 
     @property
     def kv_cache_usage(self) -> float:

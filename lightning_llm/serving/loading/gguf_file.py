@@ -49,6 +49,7 @@ _INNER = {
 }
 _EXPERTS = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
 _ROPE_FREQUENCIES = "rope_freqs.weight"  # Llama 3's scaling of the rotary frequencies, as numbers
+_IGNORED = (_ROPE_FREQUENCIES, ".attn_rot_embd", ".attn_rot_embd.weight")
 _CHUNK = 1 << 24  # elements that are dequantised at a time: 64 MiB as float32
 
 
@@ -139,8 +140,7 @@ class GGUFFile:
                 eos_token_id=self.value("tokenizer.ggml.eos_token_id"),
                 pad_token_id=self.value("tokenizer.ggml.padding_token_id"),
                 dtype=dtype,
-                **self._experts(),
-                **ARCHITECTURES[self.architecture],
+                **(ARCHITECTURES[self.architecture] | self._experts()),
             )
         except ConfigurationError as error:
             raise ConfigurationError(f"{self.path}: {error}") from None
@@ -148,11 +148,13 @@ class GGUFFile:
     def _experts(self) -> dict[str, Any]:
         if not self.value("{arch}.expert_count", 0):
             return {}
-        return {
+        experts = {
             "num_experts": self._number("expert_count"),
             "num_experts_per_tok": self._number("expert_used_count"),
             "moe_intermediate_size": self.value("{arch}.expert_feed_forward_length"),
         }
+        norm = self.value("{arch}.expert_weights_norm")
+        return experts if norm is None else {**experts, "norm_topk_prob": norm}
 
     def _rope_scaling(self, head_dim: int) -> dict[str, Any] | None:
         if _ROPE_FREQUENCIES in self.tensors:
@@ -229,37 +231,48 @@ class GGUFFile:
         """The tensors of a `Decoder` by its names, one at a time, in the order of `config.parameter_shapes()`.
 
         Raises:
-            ConfigurationError: One is missing, of another shape or of an unknown type.
+            ConfigurationError: One is missing, of another shape or of an unknown type, or the file has more than those.
         """
-        for name, shape in config.parameter_shapes().items():
-            tensor = self._weight(name, config, dtype)
+        shapes = config.parameter_shapes()
+        names = {name: self._stored_names(name, config) for name in shapes}
+        used = {stored for several in names.values() for stored in several}
+        extra = sorted(name for name in self.tensors.keys() - used if not name.endswith(_IGNORED))
+        if extra:
+            raise ConfigurationError(
+                f"{self.path} has {len(extra)} tensors that Decoder has no use for ({', '.join(extra[:4])}): the model "
+                "is not quite of the architecture that the file names."
+            )
+        for name, shape in shapes.items():
+            parts = [self.read(stored, dtype) for stored in names[name]]
+            tensor = self._reordered(name, parts[0] if len(parts) == 1 else torch.stack(parts), config)
             if tuple(tensor.shape) != tuple(shape):
                 raise ConfigurationError(
                     f"{self.path}: {name} has shape {list(tensor.shape)}, not {list(shape)} as its metadata say."
                 )
             yield name, tensor
 
-    def _weight(self, name: str, config: DecoderConfig, dtype: torch.dtype) -> Tensor:
+    def _stored_names(self, name: str, config: DecoderConfig) -> list[str]:
+        """What a tensor of the decoder is called in the file; several where it has one for each expert."""
         if name in _OUTER:
-            return self.read(_OUTER[name], dtype)
+            return [_OUTER[name]]
         layer, _, inner = name.removeprefix("model.layers.").partition(".")
         if inner.startswith("mlp.experts."):
-            return self._stacked(layer, _EXPERTS[inner.removeprefix("mlp.experts.")], config, dtype)
+            kind = _EXPERTS[inner.removeprefix("mlp.experts.")]
+            stacked = f"blk.{layer}.{kind}_exps.weight"
+            if stacked in self.tensors:
+                return [stacked]
+            assert config.num_experts is not None  # files before 2024-04
+            return [f"blk.{layer}.{kind}.{expert}.weight" for expert in range(config.num_experts)]
         part, _, kind = inner.rpartition(".")
-        tensor = self.read(f"blk.{layer}.{_INNER[part]}.{kind}", dtype)
-        if self.architecture == "llama" and part == "self_attn.q_proj":
-            return _halves(tensor, config.num_attention_heads)
-        if self.architecture == "llama" and part == "self_attn.k_proj":
-            return _halves(tensor, config.num_key_value_heads)
-        return tensor
+        return [f"blk.{layer}.{_INNER[part]}.{kind}"]
 
-    def _stacked(self, layer: str, kind: str, config: DecoderConfig, dtype: torch.dtype) -> Tensor:
-        """The matrices of all experts of a layer; files before 2024-04 have one tensor for each."""
-        assert config.num_experts is not None
-        if f"blk.{layer}.{kind}_exps.weight" in self.tensors:
-            return self.read(f"blk.{layer}.{kind}_exps.weight", dtype)
-        each = (self.read(f"blk.{layer}.{kind}.{expert}.weight", dtype) for expert in range(config.num_experts))
-        return torch.stack(list(each))
+    def _reordered(self, name: str, tensor: Tensor, config: DecoderConfig) -> Tensor:
+        """Rows of a llama's q and k in Hugging Face's order: llama.cpp rotates neighbours, Hugging Face two halves."""
+        kind = name.rpartition(".")[0].rpartition(".")[2]
+        if self.architecture != "llama" or kind not in ("q_proj", "k_proj"):
+            return tensor
+        heads = config.num_attention_heads if kind == "q_proj" else config.num_key_value_heads
+        return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
 
 
 def _open(path: Path) -> GGUFReader:
@@ -281,9 +294,3 @@ def _open(path: Path) -> GGUFReader:
 def _rounded(number: float) -> float:
     """1e-5, of which a float32 keeps 9.999999747378752e-06."""
     return float(str(np.float32(number)))
-
-
-def _halves(tensor: Tensor, heads: int) -> Tensor:
-    """Rows of a llama's q or k in the order of Hugging Face: llama.cpp rotates neighbours, Hugging Face two halves."""
-    pairs = tensor.unflatten(0, (heads, -1, 2))
-    return pairs.transpose(1, 2).flatten(0, 2).contiguous()

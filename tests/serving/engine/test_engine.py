@@ -276,7 +276,7 @@ BAD = {
     "n": ([1], greedy(1, n=9), "n is 9; at most 8 run at a time", "n"),
     "bias": ([1], greedy(1, logit_bias={300: 1.0}), "logit_bias: token id 300", "logit_bias"),
     "stop": ([1], greedy(1, stop_token_ids=(300,)), "stop_token_ids: token id 300", "stop_token_ids"),
-    "grammar": ([1], greedy(1, grammar=Grammar("regex", "(")), "", "response_format"),
+    "grammar": ([1], greedy(1, grammar=Grammar("regex", "(")), "regex", "response_format"),
 }
 
 

@@ -1,0 +1,106 @@
+"""`LLM` against transformers, token for token."""
+
+import pytest
+import torch
+
+from lightning_llm.errors import ConfigurationError
+from lightning_llm.models.decoder import Decoder
+from lightning_llm.serving import LLM, SamplingParams
+from lightning_llm.serving.errors import RequestError
+from tests.serving.engine.models import ARCHITECTURES, make_decoder, prompts, tokenizer
+from tests.serving.smollm2 import smollm2_folder
+
+QUESTIONS = [
+    "What is the capital of France?",
+    "Write a Python function that adds 123 and 4567.",
+    "Explain gravity to a child.",
+    "Translate 'good morning' into Spanish, French and German.",
+]
+MORE = [
+    "List the planets.", "Who wrote Hamlet?", "What is 17 times 23?", "Name three prime numbers above 100.",
+    "Why is the sky blue?", "Tell a joke about a cat.", "Summarise the water cycle.", "What does HTTP 404 mean?",
+    "Give me a recipe for pancakes.", "Write a limerick.", "Describe the colour red.", "What is a haiku?",
+    "How do airplanes fly?", "What is DNA?", "Count from 1 to 20.", "Naïve café — 東京 🙂: what languages are these?",
+]  # fmt: skip
+
+
+def folder_of(decoder: Decoder, path) -> str:
+    decoder.save_pretrained(path)
+    tokenizer().save(str(path / "tokenizer.json"))
+    return str(path)
+
+
+def greedy_of_transformers(folder, asked: list[list[int]], count: int, **settings) -> list[list[int]]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    answers = []
+    for ids in asked:
+        given = torch.tensor([ids])
+        out = model.generate(
+            given, attention_mask=torch.ones_like(given), do_sample=False, max_new_tokens=count, **settings
+        )
+        answers.append(out[0, len(ids) :].tolist())
+    return answers
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_small_models_answer_as_in_transformers(architecture, tmp_path):
+    folder = folder_of(make_decoder(architecture, torch.float32), tmp_path)
+    asked = prompts(6)
+    llm = LLM(folder, kv_cache_blocks=40, block_size=4, max_num_seqs=4, max_num_batched_tokens=16)
+    outputs = llm.generate(asked, SamplingParams(temperature=0, max_tokens=24))
+    expected = greedy_of_transformers(folder, asked, 24, pad_token_id=0)
+    assert [output.token_ids for output in outputs] == expected
+
+
+def smollm2_agrees(questions: list[str], count: int) -> None:
+    folder = smollm2_folder("float32")
+    roomy = LLM(folder, kv_cache_blocks=512, max_num_seqs=32)
+    texts = [roomy.tokenizer.apply_chat_template([{"role": "user", "content": one}]) for one in questions]
+    asked = [roomy.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    expected = greedy_of_transformers(folder, asked, count)
+    params = SamplingParams(temperature=0, max_tokens=count)
+    tight = LLM(folder, kv_cache_blocks=40, max_num_seqs=8, max_num_batched_tokens=24, swap_blocks=40)
+    for llm in (roomy, tight):
+        for _ in range(2):  # the second time the prompts are in the cache
+            outputs = llm.generate(asked, params)
+            assert [output.token_ids for output in outputs] == expected
+            assert [output.text for output in outputs] == [llm.tokenizer.decode(ids) for ids in expected]
+        assert llm.engine.stats().prefix_cache_hits > 0
+
+
+def test_smollm2_answers_as_in_transformers():
+    smollm2_agrees(QUESTIONS[:2], 12)
+
+
+@pytest.mark.slow
+def test_smollm2_answers_twenty_prompts_as_in_transformers():
+    smollm2_agrees(QUESTIONS + MORE, 64)
+
+
+def test_ten_lines(tmp_path):
+    llm = LLM(folder_of(make_decoder("llama", torch.float32), tmp_path / "model"), kv_cache_blocks=64)
+    one = llm.generate("the fox", SamplingParams(temperature=0, max_tokens=4))
+    assert one[0].prompt == "the fox" and one[0].prompt_token_ids == llm.tokenizer.encode("the fox")
+    assert one[0].text == llm.tokenizer.decode(one[0].token_ids)
+    both = llm.generate(["the fox", llm.tokenizer.encode("dog")], [SamplingParams(n=2), SamplingParams(max_tokens=2)])
+    assert [len(output.outputs) for output in both] == [2, 1] and both[1].prompt is None
+    vectors = llm.embed(["the fox", "dog"])
+    assert [sum(x * x for x in vector) for vector in vectors] == pytest.approx([1, 1], abs=1e-5)
+    saved = LLM(llm.save_pretrained(tmp_path / "again"), kv_cache_blocks=64)
+    assert saved.generate("the fox", SamplingParams(temperature=0, max_tokens=4))[0].token_ids == one[0].token_ids
+
+
+def test_mistakes_are_named(tmp_path):
+    folder = folder_of(make_decoder("llama", torch.float32), tmp_path / "model")
+    with pytest.raises(ConfigurationError, match="LLM has no setting kv_blocks; it has max_model_len, max_num_seqs"):
+        LLM(folder, kv_blocks=3)
+    llm = LLM(folder, kv_cache_blocks=64)
+    with pytest.raises(RequestError, match="There are 2 prompts and 1 params"):
+        llm.generate(["a", "b"], [SamplingParams()])
+    with pytest.raises(RequestError, match="The prompt has no tokens"):
+        llm.generate(["a", ""])
+    assert not llm.engine.has_work
+    with pytest.raises(RequestError, match="no chat template"):
+        llm.chat([{"role": "user", "content": "hello"}])
