@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import logging
 import multiprocessing
 import os
 import socket
@@ -139,6 +140,7 @@ def _serve(options: dict[str, Any], log: Path) -> None:
     for number in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+    logging.basicConfig(level=logging.WARNING, force=True)  # not pytest's
     tempfile.tempdir = str(log.parent)
     api = FragileAPI(options["model"], attach=attach, name="tiny", block_size=16, **options["engine"])
     settings = {"accelerator": "cpu", "workers_per_device": options["workers"]}
@@ -249,9 +251,7 @@ def serving(model: Path, log: Path, *, workers: int = 1, stock: bool = False, wa
     process = multiprocessing.get_context("fork").Process(target=_serve, args=(options, log))
     process.start()
     url = f"http://127.0.0.1:{port}"
-    limits = httpx.Limits(
-        max_connections=None, max_keepalive_connections=0
-    )  # a connection that is reused may be closed
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)  # an old one may be closed
     found = Server(process, url, log, httpx.Client(base_url=url, timeout=60, limits=limits, trust_env=False))
     try:
         if wait:

@@ -168,7 +168,7 @@ def test_no_other_user_can_reach_the_sockets(server: Server) -> None:
     assert listening == {int(server.url.rpartition(":")[2])}
 
 
-def test_a_worker_that_is_killed_fails_its_own_requests_at_once_and_one_that_hangs_is_replaced_too(
+def test_workers_that_are_killed_or_hang_fail_their_own_requests_and_are_replaced(
     server: Server,
 ) -> None:
     kept = server.start([41] * 40, params={"max_tokens": 600, **GREEDY}).wait_for_first()
