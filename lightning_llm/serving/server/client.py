@@ -42,7 +42,7 @@ class WorkerInfo:
         ready: Whether requests go to it.
         busy: Whether it has requests.
         steps: Of its engine.
-        silence: Seconds since it last went through its loop.
+        silence: Seconds since it last went through its loop; None before it has begun.
         in_flight: Requests of this HTTP process that it has.
     """
 
@@ -51,7 +51,7 @@ class WorkerInfo:
     ready: bool
     busy: bool
     steps: int
-    silence: float
+    silence: float | None
     in_flight: int
 
 
@@ -317,11 +317,11 @@ class EngineClient:
 
     def _info(self, worker: int) -> WorkerInfo:
         state, link = self._board.workers[worker], self._links.get(worker)
-        silence = self._board.silence(worker)
+        silence = self._board.silence(worker) if state.beat else None
         return WorkerInfo(
             id=worker,
             pid=state.pid,
-            ready=link is not None and state.ready and silence <= self.silence_limit,
+            ready=link is not None and state.ready and silence is not None and silence <= self.silence_limit,
             busy=state.busy,
             steps=state.steps,
             silence=silence,

@@ -37,8 +37,8 @@ class EngineServer(LitServer):
     Args:
         lit_api: The model.
         drain_timeout: Seconds.
-        hang_timeout: Seconds without a step after which a worker that has requests is replaced. More than its longest
-            step: `max_num_batched_tokens` tokens on a slow CPU can take a minute.
+        hang_timeout: Seconds without a sign of life after which a worker is replaced. More than its longest step:
+            `max_num_batched_tokens` tokens can take a slow CPU a minute.
         max_failures: Workers in the same place that end before they are ready, after which the server gives up.
         **settings: Of `LitServer`, such as `accelerator`, `devices` and `workers_per_device`.
     """
@@ -167,7 +167,7 @@ class EngineServer(LitServer):
         for child in multiprocessing.active_children():
             child.kill()
         if self.transport is not None:
-            self.transport.close()
+            self.transport.remove()
 
     def _raise_complaint(self) -> None:
         if self.transport is None:
