@@ -41,14 +41,12 @@ $(STAMP): requirements/torch.txt requirements/lock.txt requirements/no-deps.txt 
 	@touch $@
 	@echo "setup: done, in $(VENV)"
 
-demo: setup ## real text -> tokens -> 8 processes train -> checkpoint -> export -> it writes
+demo: setup ## real text -> tokens -> 8 processes train -> checkpoint -> export -> serve -> it answers
 	@$(BIN)/lightning-llm tokenize --input $(CORPUS_ARGUMENTS) --output $(RUN)/data
 	@$(BIN)/lightning-llm fit -c examples/stdlib/train.yaml --model.model "$(MODEL)"
 	@$(BIN)/lightning-llm export $(RUN)/checkpoints/last.ckpt $(RUN)/model
-	@echo; echo "The model writes:"; echo
-	@$(BIN)/lightning-llm generate $(RUN)/model --prompt "def " --max-tokens 120 --temperature 0.7 --top-p 0.9 --seed 1
-	@echo
-	@echo "Next, your own words: $(BIN)/lightning-llm generate $(RUN)/model --prompt 'import ' --max-tokens 200 --temperature 0.7"
+	@echo; $(BIN)/python examples/serving/ask.py $(RUN)/model
+	@echo; echo "Next: $(BIN)/lightning-llm serve $(RUN)/model    and open http://localhost:8000"
 
 test: setup ## the tests, without the slow ones
 	@$(BIN)/python -m pytest -m 'not slow and not gpu'

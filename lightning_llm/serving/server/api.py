@@ -38,6 +38,7 @@ class LLMServeAPI(LitAPI):
         revision: Of a model on the hub.
         chat_template: A file to use instead of the model's template.
         attach: Puts the routes onto LitServe's app, in front of an `EngineClient`; called once in the main process.
+            None: all that there are.
         **settings: Fields of `EngineConfig`, such as `kv_cache_blocks`.
 
     Raises:

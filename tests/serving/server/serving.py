@@ -115,8 +115,8 @@ def attach(app: FastAPI, client: EngineClient) -> None:
         return JSONResponse(
             {
                 "workers": [dataclasses.asdict(worker) for worker in client.workers],
-                "stats": [dataclasses.asdict(one) for one in stats],
-                "blocks": [list(one) for one in blocks],
+                "stats": [dataclasses.asdict(one) for one in stats.values()],
+                "blocks": [list(one) for one in blocks.values()],
                 "in_flight": client.num_in_flight,
                 "pid": os.getpid(),
                 "model": [client.model_name, client.max_model_len, client.vocab_size, client.tokenizer.encode("fox")],

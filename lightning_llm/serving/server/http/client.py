@@ -79,5 +79,5 @@ class EngineClient(Protocol):
             EngineDiedError: There is no engine any more that could.
         """
 
-    async def stats(self) -> list[EngineStats]:
-        """Of each engine."""
+    async def stats(self) -> Mapping[int, EngineStats]:
+        """Of each engine that answers, by its worker."""
