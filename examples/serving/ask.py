@@ -1,6 +1,6 @@
 """Serves a model, asks it over HTTP with OpenAI's client, prints the answer as it comes, and stops the server.
 
-    python examples/serving/ask.py runs/demo/model "def "
+python examples/serving/ask.py runs/demo/model "def "
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import faulthandler
+import logging
 import os
 import signal
 from pathlib import Path
@@ -97,6 +98,7 @@ class LLMServeAPI(LitAPI):
             )
         except ConfigurationError as error:
             transport.complaint(worker).write_text(str(error), encoding="utf-8")
+            logging.getLogger("litserve").setLevel(logging.CRITICAL)  # it would add a traceback; the main process tells
             raise
         self.facts = _facts(loaded, self.engine)
 
