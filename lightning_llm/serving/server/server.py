@@ -19,6 +19,7 @@ from litserve import LitServer
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.serving.server.api import LLMServeAPI
 from lightning_llm.serving.server.board import Phase
+from lightning_llm.serving.server.http.bounded import BoundedHTTP
 from lightning_llm.serving.server.processes import guard_forks, unguard_forks
 from lightning_llm.serving.server.supervisor import Supervisor
 from lightning_llm.serving.server.transport import EngineTransport
@@ -86,7 +87,7 @@ class EngineServer(LitServer):
             RuntimeError: Workers end before they are ready, or a process that speaks HTTP has died.
         """
         check_address(host, port)
-        settings = {"generate_client_file": False, **settings, "api_server_worker_type": "process"}
+        settings = {"generate_client_file": False, "http": BoundedHTTP, **settings, "api_server_worker_type": "process"}
         self._main_pid = os.getpid()
         guard_forks()
         try:

@@ -45,7 +45,8 @@ def chat_routes(service: Service, style: ToolStyle) -> APIRouter:
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
         """Answers a conversation."""
         service.admit(body.model)
-        use = tool_use(body, style)
+        # What the template does with tools is found out by rendering it, at the first request that has some.
+        use = await off_loop(LONG + 1 if body.tools else 0, lambda: tool_use(body, style))
         params = chat_params(
             body, service.client.default_sampling_params, grammar=use.grammar, special=use.form.special
         )

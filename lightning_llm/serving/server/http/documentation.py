@@ -9,11 +9,11 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from starlette.responses import Response
 
+from lightning_llm.serving.server.http.requests import JSONObject
 from lightning_llm.serving.server.http.responses import ChatCompletionChunk, ErrorResponse
 
 _ONLY_IN_EVENTS: tuple[type[BaseModel], ...] = (ChatCompletionChunk,)
 
-JSONObject = dict[str, Any]
 Responses = dict[int | str, JSONObject]
 
 _ERRORS = {

@@ -20,6 +20,7 @@ from lightning_llm.serving.engine.outputs import EngineStats, Update
 from lightning_llm.serving.engine.params import SamplingParams
 from lightning_llm.serving.errors import EngineDiedError
 from lightning_llm.serving.server.http import HTTPSettings, Observer, attach
+from lightning_llm.serving.server.http.bounded import BoundedHTTP
 from lightning_llm.serving.tokenizer import ModelTokenizer
 from tests.serving.engine.models import make_decoder, make_engine, tokenizer
 
@@ -146,7 +147,7 @@ def serve(
     """A running server."""
     app = FastAPI()
     attach(app, client, settings, observer=observer)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(app, http=BoundedHTTP, log_level="warning", lifespan="off"))
     listener = socket.create_server(("127.0.0.1", 0))
     started: queue.SimpleQueue[asyncio.AbstractEventLoop] = queue.SimpleQueue()
 

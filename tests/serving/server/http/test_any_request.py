@@ -82,7 +82,7 @@ def expected(http_small: httpx.Client) -> list[int]:
 @example(asked=("/v1/completions", {"prompt": ["a"] * 50, "n": 8, "max_tokens": 2}))
 @example(asked=("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "n": 64}))
 @example(asked=("/v1/chat/completions", {"messages": [{"role": "tool", "content": "a"}], "tools": []}))
-@settings(max_examples=70, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_no_body_is_a_server_error(
     small: Server, http_small: httpx.Client, expected: list[int], asked: tuple[str, Any]
 ) -> None:
