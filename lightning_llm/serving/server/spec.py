@@ -40,10 +40,10 @@ class EngineSpec(LitSpec):
         attach: Puts the routes on.
     """
 
-    def __init__(self, attach: Attach | None = None) -> None:
+    def __init__(self, attach: Attach) -> None:
         super().__init__()
         self.api_path = "/v1/completions"  # LitServe's name for it; `attach` puts the route there
-        self.attach = attach
+        self.attach: Attach | None = attach
         self.transport: EngineTransport | None = None
         self.client: EngineClient | None = None
         self._api: LLMServeAPI | None = None
@@ -84,13 +84,12 @@ class EngineSpec(LitSpec):
 
     def _put_on(self, server: LitServer) -> None:
         app, client, transport = server.app, self.client, self.transport
-        assert client is not None and transport is not None
-        if self.attach is not None:
-            ours = {"/", server.healthcheck_path, server.info_path}
-            app.router.routes[:] = [
-                route for route in app.router.routes if not (isinstance(route, Route) and route.path in ours)
-            ]
-            self.attach(app, client)
+        assert client is not None and transport is not None and self.attach is not None
+        ours = {"/", server.healthcheck_path, server.info_path}
+        app.router.routes[:] = [
+            route for route in app.router.routes if not (isinstance(route, Route) and route.path in ours)
+        ]
+        self.attach(app, client)
         lifespan = app.router.lifespan_context
 
         @asynccontextmanager
