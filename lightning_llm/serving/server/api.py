@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from litserve import LitAPI
 
-from lightning_llm.errors import ConfigurationError
+from lightning_llm.errors import ConfigurationError, NoGoodCheckpointError
 from lightning_llm.serving.engine.config import EngineConfig
 from lightning_llm.serving.engine.engine import Engine
 from lightning_llm.serving.loading import LoadedModel, load_model
+from lightning_llm.serving.server.app import put_together
 from lightning_llm.serving.server.loop import EngineLoop
 from lightning_llm.serving.server.spec import Attach, EngineSpec
 from lightning_llm.strategies.launcher import die_with
@@ -28,8 +29,8 @@ class LLMServeAPI(LitAPI):
         server = EngineServer(LLMServeAPI("runs/demo/model", max_num_seqs=64))
         server.run(port=8000)
 
-    LitServe's own `LitServer` serves it too, as well as it serves anything: SIGTERM does not drain (it ends the main
-    process, which the others follow), a worker that dies ends the server, and one that hangs stays.
+    LitServe's own `LitServer` serves it too, as well as it serves anything: SIGTERM does not drain and leaves a process
+    of LitServe's behind, a worker that dies ends the server, and one that hangs stays.
 
     Args:
         model: A Hugging Face folder, a checkpoint of a training run, a `.gguf` file, `s3://...`, or a name on the hub.
@@ -38,8 +39,8 @@ class LLMServeAPI(LitAPI):
         dtype: Of the weights; "auto": as they are.
         revision: Of a model on the hub.
         chat_template: A file to use instead of the model's template.
-        attach: Puts the routes onto LitServe's app, in front of an `EngineClient`; called once in the main process.
-            None: all that there are.
+        attach: Puts the routes onto LitServe's app, in front of an `EngineClient`; called once, in the main process.
+            None: `put_together`, with everything as it is by default.
         **settings: Fields of `EngineConfig`, such as `kv_cache_blocks`.
 
     Raises:
@@ -70,7 +71,7 @@ class LLMServeAPI(LitAPI):
         self.chat_template = chat_template
         self.engine: Engine
         self.facts: dict[str, Any] = {}
-        super().__init__(loop=EngineLoop(), spec=EngineSpec(attach))
+        super().__init__(loop=EngineLoop(), spec=EngineSpec(attach or put_together))
 
     def setup(self, device: str) -> None:
         """In a worker: loads the model."""
@@ -96,7 +97,7 @@ class LLMServeAPI(LitAPI):
             self.engine = Engine(
                 loaded.decoder, tokenizer.backend, self.engine_config, eos_token_ids=tokenizer.eos_token_ids
             )
-        except ConfigurationError as error:
+        except (ConfigurationError, NoGoodCheckpointError) as error:
             transport.complaint(worker).write_text(str(error), encoding="utf-8")
             logging.getLogger("litserve").setLevel(logging.CRITICAL)  # it would add a traceback; the main process tells
             raise

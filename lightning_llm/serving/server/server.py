@@ -10,13 +10,15 @@ import socket
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any, NoReturn
 
 from litserve import LitServer
+from litserve.utils import WorkerSetupStatus
 
-from lightning_llm.errors import ConfigurationError
+from lightning_llm.errors import ConfigurationError, NoGoodCheckpointError
 from lightning_llm.serving.server.api import LLMServeAPI
 from lightning_llm.serving.server.board import Phase
 from lightning_llm.serving.server.http.bounded import BoundedHTTP
@@ -84,6 +86,7 @@ class EngineServer(LitServer):
 
         Raises:
             ConfigurationError: The model cannot be served, as a worker said; or the address cannot be listened at.
+            NoGoodCheckpointError: None of the checkpoints can be believed.
             RuntimeError: Workers end before they are ready, or a process that speaks HTTP has died.
         """
         check_address(host, port)
@@ -102,11 +105,21 @@ class EngineServer(LitServer):
 
     # -- LitServe calls these --
 
+    def verify_worker_status(self) -> None:
+        """Returns when a worker is ready. LitServe's would wait for ever for one that was killed while it loaded."""
+        while WorkerSetupStatus.READY not in (statuses := self.workers_setup_status.values()):
+            if WorkerSetupStatus.ERROR in statuses:
+                raise RuntimeError("A worker could not load the model.")
+            if not any(worker.is_alive() for worker in self.inference_workers):
+                codes = ", ".join(str(worker.exitcode) for worker in self.inference_workers)
+                raise RuntimeError(f"Workers ended with {codes} before they were ready.")
+            wait([worker.sentinel for worker in self.inference_workers], timeout=0.05)
+
     def launch_inference_worker(self, lit_api: LLMServeAPI) -> list[BaseProcess]:
-        """Before the first process is started, the transport is there and can be told who looks after them."""
+        """Tells the processes that follow who looks after them, unless it is a test that starts them without `run`."""
         processes = super().launch_inference_worker(lit_api)
         assert self.transport is not None
-        self.transport.board.supervised = True
+        self.transport.board.supervised = self._main_pid == os.getpid()
         return processes
 
     def _start_worker_monitoring(self, manager: Any, uvicorn_workers: Mapping[Any, Any]) -> None:
@@ -173,7 +186,10 @@ class EngineServer(LitServer):
         for worker in range(len(self.transport.board.workers)):
             complaint = self.transport.complaint(worker)
             if complaint.is_file():
-                raise ConfigurationError(complaint.read_text(encoding="utf-8")) from None
+                text = complaint.read_text(encoding="utf-8")
+                if self.inference_workers[worker].exitcode == NoGoodCheckpointError.EXIT_CODE:
+                    raise NoGoodCheckpointError(text) from None
+                raise ConfigurationError(text) from None
 
 
 def check_address(host: str, port: int) -> None:

@@ -12,6 +12,7 @@ import json
 import logging
 import multiprocessing
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -41,6 +42,8 @@ from lightning_llm.serving.server.wire import params_from_wire
 VOCABULARY = 300
 CONTEXT = 4096
 POISON = 299  # a prompt with this token cannot be computed, as if the device failed
+
+ROOT = Path(__file__).parents[3]
 
 
 def save_tiny_model(folder: Path) -> Path:
@@ -74,7 +77,7 @@ class FragileAPI(LLMServeAPI):
         forward = self.engine.runner.forward
 
         def fragile(pieces: Any) -> Any:
-            if any(POISON in piece.token_ids for piece in pieces):
+            if any(piece.start == 0 and POISON in piece.token_ids for piece in pieces):
                 raise RuntimeError("the device failed")
             return forward(pieces)
 
@@ -141,15 +144,14 @@ def _serve(options: dict[str, Any], log: Path) -> None:
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
     logging.basicConfig(level=logging.WARNING, force=True)  # not pytest's
-    tempfile.tempdir = str(log.parent)
+    tempfile.tempdir = options["sockets"]
     api = FragileAPI(options["model"], attach=attach, name="tiny", block_size=16, **options["engine"])
     settings = {"accelerator": "cpu", "workers_per_device": options["workers"]}
+    served = {"host": "127.0.0.1", "port": options["port"], "num_api_servers": options["frontends"]}
     if options["stock"]:
-        litserve.LitServer(api, **settings).run(
-            host="127.0.0.1", port=options["port"], num_api_servers=1, generate_client_file=False, log_level="warning"
-        )
+        litserve.LitServer(api, **settings).run(**served, generate_client_file=False, log_level="warning")
     else:
-        EngineServer(api, **settings, **options["server"]).run("127.0.0.1", options["port"], log_level="warning")
+        EngineServer(api, **settings, **options["server"]).run(**served, log_level="warning")
 
 
 # -- its client --
@@ -160,6 +162,7 @@ class Server:
     process: BaseProcess
     url: str
     log: Path
+    sockets: Path
     http: httpx.Client
 
     def ask(self, path: str = "/state") -> Any:
@@ -204,7 +207,8 @@ class Background:
 
     def _read(self, server: Server, prompt_ids: list[int], body: dict[str, Any]) -> None:
         try:
-            with server.stream(prompt_ids, **body) as updates:
+            # A server that is killed breaks the connection.
+            with suppress(httpx.TransportError), server.stream(prompt_ids, **body) as updates:
                 for update in updates:
                     self.updates.append(update)
                     self._began.set()
@@ -216,9 +220,12 @@ class Background:
         assert self._began.wait(30) and self.updates
         return self
 
-    def result(self, timeout: float = 60) -> list[dict[str, Any]]:
-        self._thread.join(timeout)
+    def join(self) -> None:
+        self._thread.join(60)
         assert not self._thread.is_alive(), "the stream did not end"
+
+    def result(self) -> list[dict[str, Any]]:
+        self.join()
         return self.updates
 
 
@@ -234,25 +241,31 @@ def eventually(what: Callable[[], bool], seconds: float = 30.0) -> float:
 
 
 @contextmanager
-def serving(model: Path, log: Path, *, workers: int = 1, stock: bool = False, wait: bool = True, **server: Any):
-    engine = server.pop("engine", {"kv_cache_blocks": 600, "max_num_seqs": 16})
+def serving(
+    model: Path,
+    log: Path,
+    *,
+    workers: int = 1,
+    frontends: int = 1,
+    stock: bool = False,
+    wait: bool = True,
+    **server: Any,
+) -> Iterator[Server]:
+    """A server, which is ready if it was waited for; `server` are arguments of `EngineServer`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = {
-        "model": str(model),
-        "port": port,
-        "workers": workers,
-        "stock": stock,
-        "engine": engine,
-        "server": server,
-    }
+    options = {"model": str(model), "port": port, "workers": workers, "frontends": frontends, "stock": stock}
+    sockets = tempfile.mkdtemp(prefix="sockets-")  # pytest's folders have long names, and sockets must not
+    options |= {"engine": {"kv_cache_blocks": 600, "max_num_seqs": 16}, "server": server, "sockets": sockets}
     # Forked, since torch is imported here already; the workers that LitServe spawns begin anew.
     process = multiprocessing.get_context("fork").Process(target=_serve, args=(options, log))
     process.start()
     url = f"http://127.0.0.1:{port}"
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)  # an old one may be closed
-    found = Server(process, url, log, httpx.Client(base_url=url, timeout=60, limits=limits, trust_env=False))
+    found = Server(
+        process, url, log, Path(sockets), httpx.Client(base_url=url, timeout=60, limits=limits, trust_env=False)
+    )
     try:
         if wait:
             eventually(lambda: not process.is_alive() or found.status() == 200, 90)
@@ -261,3 +274,4 @@ def serving(model: Path, log: Path, *, workers: int = 1, stock: bool = False, wa
     finally:
         found.end()
         found.http.close()
+        shutil.rmtree(sockets)

@@ -156,7 +156,7 @@ def test_a_request_that_cannot_be_computed_fails_alone(server: Server) -> None:
 
 
 def test_no_other_user_can_reach_the_sockets(server: Server) -> None:
-    (folder,) = server.log.parent.glob("lightning-llm-*")
+    (folder,) = server.sockets.glob("lightning-llm-*")
     assert folder.stat().st_mode & 0o777 == 0o700
     assert [connection for one in server.family() for connection in one.net_connections("inet")] != []
     listening = {
@@ -219,4 +219,4 @@ def test_sigterm_lets_what_runs_finish_and_refuses_what_comes(shared: Server) ->
     assert shared.process.exitcode == 0
     gone, alive = psutil.wait_procs(family, timeout=10)
     assert not alive
-    assert not list(shared.log.parent.glob("lightning-llm-*"))
+    assert not list(shared.sockets.glob("lightning-llm-*"))
