@@ -17,3 +17,7 @@ class RequestError(ConfigurationError):
         super().__init__(message)
         self.param = param
         self.code = code
+
+
+class EngineDiedError(RuntimeError):
+    """There is no engine any more that could answer. Nothing is wrong with the request."""

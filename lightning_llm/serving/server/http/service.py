@@ -1,0 +1,301 @@
+"""`Service`: what all routes share: the engine, the settings, how prompts become tokens and answers come back."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeVar
+
+from starlette.requests import Request
+
+from lightning_llm.serving.engine.outputs import Completion, TokenLogprob, Update
+from lightning_llm.serving.engine.params import SamplingParams
+from lightning_llm.serving.errors import RequestError
+from lightning_llm.serving.server.http.client import EngineClient
+from lightning_llm.serving.server.http.errors import APIError, EngineFailedError, unavailable
+from lightning_llm.serving.server.http.limits import LONG
+from lightning_llm.serving.server.http.requests import EmbeddingRequest, SamplingBody
+from lightning_llm.serving.server.http.responses import PromptTokensDetails, UsageInfo
+from lightning_llm.serving.server.http.settings import HTTPSettings
+from lightning_llm.serving.server.http.sse import EventStream
+
+T = TypeVar("T")
+
+
+@dataclass
+class Tally:
+    """What the answers to some prompts cost so far."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+    cached: dict[int, int] = field(default_factory=dict)
+    """Tokens found in the prefix cache, by prompt."""
+
+    def add(self, place: int, update: Update) -> None:
+        """Counts an update of the prompt at `place`."""
+        self.completion_tokens += len(update.token_ids)
+        if update.usage is not None:
+            self.cached[place] = max(self.cached.get(place, 0), update.usage.cached_tokens)
+
+    def usage(self) -> UsageInfo:
+        """As it is told."""
+        return UsageInfo(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            total_tokens=self.prompt_tokens + self.completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(self.cached.values())),
+        )
+
+
+@dataclass
+class Answer:
+    """One whole answer to one prompt."""
+
+    completion: Completion
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+
+
+@dataclass(kw_only=True)
+class Job:
+    """Prompts of one HTTP request, and how they are to be answered.
+
+    Attributes:
+        request: Whose they are.
+        id: Of the answer, as the client sees it.
+        stream: Whether the answer goes out piece by piece.
+        prompts: As tokens.
+        params: For all of them.
+        priority, cache_salt, pooling: See `Engine.add`.
+        created: Seconds since 1970.
+    """
+
+    request: Request
+    id: str
+    stream: bool = False
+    prompts: list[list[int]]
+    params: SamplingParams
+    priority: int = 0
+    cache_salt: str = ""
+    pooling: Literal["mean", "last"] | None = None
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def tally(self) -> Tally:
+        """With nothing but the prompts."""
+        return Tally(sum(map(len, self.prompts)))
+
+
+class Observer(Protocol):
+    """Whoever wants to know of requests: metrics, logs and traces."""
+
+    def __call__(self, job: Job, place: int, /) -> Callable[[Update], object]:
+        """A prompt, the one at `place`, goes to the engine. What this returns is shown what comes of it."""
+
+
+class Service:
+    """Answers prompts with the engine.
+
+    Args:
+        client: The engine.
+        settings: Limits and choices.
+        observer: Is told of every prompt.
+    """
+
+    def __init__(self, client: EngineClient, settings: HTTPSettings, observer: Observer | None = None) -> None:
+        self.client = client
+        self.settings = settings
+        self.observer = observer
+        self.started = int(time.time())
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """Of `SamplingParams`."""
+        return self.settings.default_sampling_params
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when answers may change although the request did not."""
+        identity = f"{self.client.model_name}/{self.client.max_model_len}/{self.started}"
+        return "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:10]
+
+    # -- before the engine --
+
+    def admit(self, model: str | None) -> None:
+        """Refuses what this server cannot answer now, or at all.
+
+        Raises:
+            APIError: 503: there is no engine, or it is about to end; 404: the model is another.
+        """
+        if self.client.draining:
+            raise unavailable("The server is about to end; send this to another.", self.settings.retry_after)
+        if not self.client.ready:
+            raise unavailable("The model is not loaded.", self.settings.retry_after)
+        self.check_model(model)
+
+    def check_model(self, model: str | None) -> None:
+        """404 for a model that is not served."""
+        if model is not None and model != self.client.model_name:
+            name = model if len(model) <= 64 else model[:64] + "..."
+            raise APIError(404, f"The model {name!r} does not exist.", param="model", code="model_not_found")
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text; a long one does not hold up the others."""
+        encode = self.client.tokenizer.encode
+        return await off_loop(len(text), lambda: encode(text, add_special_tokens=add_special_tokens))
+
+    async def encode_all(
+        self,
+        given: str | list[str] | list[int] | list[list[int]],
+        param: str,
+        *,
+        add_special_tokens: bool = True,
+    ) -> list[list[int]]:
+        """Prompts in all of OpenAI's four forms.
+
+        Raises:
+            RequestError: There are none, too many, or one is empty.
+        """
+        prompts: Sequence[str | list[int]]
+        if isinstance(given, str) or (given and isinstance(given[0], int)):
+            prompts = [given]  # type: ignore[list-item]
+        else:
+            prompts = given  # type: ignore[assignment]
+        if not 1 <= len(prompts) <= self.settings.max_inputs:
+            raise RequestError(f"{param} has {len(prompts)} texts: send 1 to {self.settings.max_inputs}.", param=param)
+        encoded = [
+            await self.encode(one, add_special_tokens=add_special_tokens) if isinstance(one, str) else list(one)
+            for one in prompts
+        ]
+        for place, ids in enumerate(encoded):
+            self.check_prompt(ids, param if isinstance(given, str) or len(encoded) == 1 else f"{param}[{place}]")
+        return encoded
+
+    def check_prompt(self, ids: Sequence[int], param: str) -> None:
+        """Refuses what no engine can begin with."""
+        if not ids:
+            raise RequestError(f"{param} has no tokens: give at least one.", param=param)
+        self.check_ids(ids, param)
+
+    def check_ids(self, ids: Sequence[int], param: str) -> None:
+        """Refuses token ids that the tokenizer does not have."""
+        if (largest := max(ids, default=0)) >= self.client.tokenizer.vocab_size:
+            raise RequestError(
+                f"{param}: token id {largest} is not in the vocabulary of {self.client.tokenizer.vocab_size}.",
+                param=param,
+            )
+
+    def job(
+        self,
+        request: Request,
+        body: SamplingBody | EmbeddingRequest,
+        kind: str,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        *,
+        pooling: Literal["mean", "last"] | None = None,
+    ) -> Job:
+        """What the engine is to do; `kind` begins the id. Prefixes are shared within what authentication put in
+        `request.state.cache_salt`, and within the client's own salt in that."""
+        tenant = request.scope.get("state", {}).get("cache_salt", "")
+        return Job(
+            request=request,
+            stream=bool(getattr(body, "stream", False)),
+            id=f"{kind}-{uuid.uuid4().hex}",
+            prompts=prompts,
+            params=params,
+            priority=body.priority,
+            cache_salt=json.dumps([tenant, body.cache_salt]) if body.cache_salt else tenant,
+            pooling=pooling,
+        )
+
+    # -- from the engine --
+
+    async def run(self, job: Job) -> AsyncGenerator[tuple[int, Update], None]:
+        """What comes of all prompts: the place of the prompt, and the update. Closing it cancels them all.
+
+        Raises:
+            RequestError: One of them cannot be answered; the others are cancelled.
+            EngineDiedError: The engine is gone.
+            EngineFailedError: One of them failed.
+        """
+        if len(job.prompts) == 1:
+            async with aclosing(self._updates(job, 0)) as updates:
+                async for update in updates:
+                    yield 0, update
+            return
+        arrived: asyncio.Queue[tuple[int, Update | Exception | None]] = asyncio.Queue()
+
+        async def pump(place: int) -> None:
+            try:
+                async with aclosing(self._updates(job, place)) as updates:
+                    async for update in updates:
+                        arrived.put_nowait((place, update))
+            except Exception as error:
+                arrived.put_nowait((place, error))
+            else:
+                arrived.put_nowait((place, None))
+
+        pumps = [asyncio.ensure_future(pump(place)) for place in range(len(job.prompts))]
+        try:
+            left = len(pumps)
+            while left:
+                place, item = await arrived.get()
+                if isinstance(item, Exception):
+                    raise item
+                if item is None:
+                    left -= 1
+                else:
+                    yield place, item
+        finally:
+            for task in pumps:
+                task.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+
+    async def _updates(self, job: Job, place: int) -> AsyncGenerator[Update, None]:
+        updates = self.client.generate(
+            job.prompts[place],
+            job.params,
+            request_id=job.id if len(job.prompts) == 1 else f"{job.id}-{place}",
+            priority=job.priority,
+            cache_salt=job.cache_salt,
+            pooling=job.pooling,
+        )
+        watch = None if self.observer is None else self.observer(job, place)
+        async with aclosing(updates):
+            async for update in updates:
+                if watch is not None:
+                    watch(update)
+                if update.error is not None or update.finish_reason in ("error", "abort"):
+                    raise EngineFailedError(update.error or "aborted")
+                yield update
+
+    def stream(self, events: AsyncGenerator[Any, None], request_id: str) -> EventStream:
+        """An answer piece by piece."""
+        return EventStream(
+            events,
+            request_id=request_id,
+            ping_interval=self.settings.ping_interval,
+            retry_after=self.settings.retry_after,
+        )
+
+    async def collect(self, job: Job) -> tuple[list[list[Answer]], Tally]:
+        """All answers, by prompt and index, and what they cost."""
+        answers = [[Answer(Completion(index)) for index in range(job.params.n)] for _ in job.prompts]
+        tally = job.tally()
+        async with aclosing(self.run(job)) as updates:
+            async for place, update in updates:
+                answer = answers[place][update.index]
+                answer.completion.add(update)
+                answer.prompt_logprobs = update.prompt_logprobs or answer.prompt_logprobs
+                tally.add(place, update)
+        return answers, tally
+
+
+async def off_loop(size: int, work: Callable[[], T]) -> T:
+    """Does `work` of some size, in a thread if it is long."""
+    return await asyncio.to_thread(work) if size > LONG else work()

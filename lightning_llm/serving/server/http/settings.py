@@ -1,0 +1,45 @@
+"""`HTTPSettings`: the limits of the HTTP interface, and what of its behaviour is the operator's choice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lightning_llm.errors import ConfigurationError
+
+ToolParserName = Literal["auto", "hermes", "llama3_json", "mistral"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HTTPSettings:
+    """Limits and choices.
+
+    Raises:
+        ConfigurationError: A limit is not above 0.
+    """
+
+    max_body_bytes: int = 4 << 20
+    """Of a request; more is refused with 413."""
+    max_json_depth: int = 64
+    """Objects and arrays within each other, in a request."""
+    body_timeout: float = 30.0
+    """Seconds that a client may take to send its request."""
+    ping_interval: float = 15.0
+    """Seconds without an event after which a stream gets a comment, so that proxies leave it open."""
+    max_inputs: int = 2048
+    """Prompts or texts in one request."""
+    retry_after: int = 5
+    """Seconds after which a client may try again when there is no engine that answers."""
+    pooling: Literal["mean", "last"] = "mean"
+    """How the hidden states of a text become its embedding."""
+    tool_parser: ToolParserName = "auto"
+    """How the model writes calls of tools; "auto": as its chat template does."""
+
+    default_sampling_params: Mapping[str, Any] = field(default_factory=dict)
+    """Of `SamplingParams`, where a request leaves them out: what the model's makers say."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_body_bytes", "max_json_depth", "body_timeout", "ping_interval", "max_inputs", "retry_after"):
+            if not getattr(self, name) > 0:
+                raise ConfigurationError(f"{name} must be above 0, not {getattr(self, name)}.")
