@@ -1,0 +1,64 @@
+"""What the sections of serve.py share: sides that take turns, ratios of neighbours, and tables."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One side's turn.
+
+    Attributes:
+        seconds: By the clock.
+        cpu: Seconds of all threads of this process.
+    """
+
+    seconds: float
+    cpu: float
+
+
+def timed(act: Callable[[], Any]) -> tuple[Any, Turn]:
+    """What `act` returns, and how long it took."""
+    began, cpu = time.perf_counter(), time.process_time()
+    result = act()
+    return result, Turn(time.perf_counter() - began, time.process_time() - cpu)
+
+
+def spread(values: Sequence[float]) -> dict[str, float] | None:
+    """Smallest, middle and largest; None of nothing."""
+    if not values:
+        return None
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def ratios(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float] | None:
+    """Of neighbours in time; where one side gave up, of those rounds that both were in."""
+    return spread([a / b for a, b in zip(ours, theirs, strict=False)])
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A plain table, the first column left and the others right."""
+    cells = [list(columns), *([_cell(value) for value in row] for row in rows)]
+    widths = [max(len(row[place]) for row in cells) for place in range(len(columns))]
+    print(f"\n{title}")
+    for row in cells:
+        print(
+            "  ".join(text.rjust(width) if place else text.ljust(width) for place, (text, width) in _pairs(row, widths))
+        )
+
+
+def _pairs(row: Sequence[str], widths: Sequence[int]) -> enumerate[tuple[str, int]]:
+    return enumerate(zip(row, widths, strict=True))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, Mapping):
+        return " / ".join(f"{value[name]:.2f}" for name in ("min", "median", "max"))
+    return f"{value:,.1f}" if isinstance(value, float) else str(value)
