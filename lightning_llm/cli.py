@@ -333,12 +333,12 @@ def _answer(run: Callable[[], int], prog: str = "lightning-llm") -> int:
 
 
 def _run_function(name: str, arguments: list[str]) -> int:
-    from lightning_llm.arguments import parser_of
+    from lightning_llm.arguments import parse_arguments
     from lightning_llm.errors import CheckpointError
 
     command = COMMANDS[name]
     try:
-        return command(**vars(parser_of(command).parse_args(arguments))) or 0
+        return command(**parse_arguments(command, arguments)) or 0
     except CheckpointError as error:
         print(f"lightning-llm: {error}", file=sys.stderr)
         return FAILED

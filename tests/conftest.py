@@ -8,6 +8,8 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("KMP_INIT_AT_FORK", "FALSE")
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton decides on import: its kernels run on CPUs, or not at all
 
 import warnings
 from collections.abc import Iterator

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from typing import Optional
+from collections.abc import Mapping
+from typing import Literal, Optional, get_type_hints
 
 import pytest
 
-from lightning_llm.arguments import parser_of
+from lightning_llm.arguments import parse_arguments, parser_of
 from lightning_llm.cli import COMMANDS
 from lightning_llm.registry.commands import COMMANDS as REGISTRY_COMMANDS
 
@@ -39,7 +41,7 @@ def bake(
 
 
 def parse(*arguments: str) -> dict[str, object]:
-    return vars(parser_of(bake).parse_args(arguments))
+    return parse_arguments(bake, arguments)
 
 
 def test_arguments_arrive_in_the_functions_types() -> None:
@@ -110,6 +112,60 @@ def test_help_is_the_docstring(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_command_explains_all_its_arguments(command: object) -> None:
     parser = parser_of(command)  # type: ignore[arg-type]
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
-    assert actions.keys() == inspect.signature(command).parameters.keys()  # type: ignore[arg-type]
+    hints = get_type_hints(command)
+    settings = [hints[name] for name in inspect.signature(command).parameters if dataclasses.is_dataclass(hints[name])]  # type: ignore[arg-type]
+    fields = {field.name for one in settings for field in dataclasses.fields(one)}
+    plain = inspect.signature(command).parameters.keys() - {n for n, hint in hints.items() if hint in settings}  # type: ignore[arg-type]
+    assert plain <= actions.keys() <= plain | fields
     assert all(action.help for action in actions.values())
     assert "None" not in parser.format_help()
+
+
+@dataclasses.dataclass(frozen=True)
+class Oven:
+    """An oven."""
+
+    heat: float = 180.0
+    """Degrees."""
+    racks: int | Literal["auto"] = "auto"
+    """How many; "auto": as
+    many as fit."""
+    light: bool = True
+    """Whether it is lit."""
+    mode: Literal["fan", "grill"] = "fan"
+    """Where the heat comes from."""
+    spare: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """What no command line can give."""
+
+
+def roast(meat: str, *, oven: Oven, crisp: bool = True) -> None:
+    """Roast.
+
+    Args:
+        meat: What.
+        oven: The oven.
+        crisp: Whether the skin is to crack.
+    """
+
+
+def test_a_dataclass_is_taken_apart_and_put_together_again() -> None:
+    assert parse_arguments(roast, ["duck"]) == {"meat": "duck", "crisp": True, "oven": Oven()}
+    given = ["duck", "--no-crisp", "--heat", "90", "--racks", "3", "--no-light", "--mode", "grill"]
+    assert parse_arguments(roast, given) == {"meat": "duck", "crisp": False, "oven": Oven(90.0, 3, False, "grill")}
+    assert parse_arguments(roast, ["duck", "--racks", "auto"])["oven"] == Oven()
+    text = " ".join(parser_of(roast).format_help().split())
+    for part in (
+        "The oven: ",
+        'How many; "auto": as many as fit. (default: auto)',
+        "{fan,grill}",
+        "--light, --no-light",
+    ):
+        assert part in text
+    assert "spare" not in text
+
+
+@pytest.mark.parametrize("wrong", [["--racks", "some"], ["--mode", "steam"], ["--spare", "1"], ["--heat", "hot"]])
+def test_a_field_of_a_dataclass_takes_only_its_own_kind(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments(roast, ["duck", *wrong])
+    assert ended.value.code == 2 and wrong[0] in capsys.readouterr().err

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lightning_llm.arguments import parser_of
+from lightning_llm.arguments import parse_arguments
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.registry.base import LATEST, ModelVersion
 from lightning_llm.registry.content import VerificationError
@@ -117,9 +117,9 @@ def main(arguments: list[str]) -> int:
     if command is None:
         print(f"lightning-llm registry: there is no command {arguments[0]!r}\n\n{_usage()}", file=sys.stderr)
         return USAGE_ERROR
-    options = parser_of(command, f"registry {arguments[0]}").parse_args(arguments[1:])
+    options = parse_arguments(command, arguments[1:], f"registry {arguments[0]}")
     try:
-        command(**vars(options))
+        command(**options)
     except VerificationError as error:
         print(f"lightning-llm registry: {error}", file=sys.stderr)
         return FAILED

@@ -69,7 +69,7 @@ class ModelTokenizer:
         `chat_template.jinja` and `additional_chat_templates/`.
 
         Args:
-            folder: With these files.
+            folder: With these files, or the `tokenizer.json` beside which they are.
             eos_token_ids: What else ends an answer, from `config.json` and `generation_config.json`.
             chat_template: A file with a template to use instead of the model's.
 
@@ -77,6 +77,8 @@ class ModelTokenizer:
             ConfigurationError: There is no `tokenizer.json`, or one of the files is damaged.
         """
         place = Path(folder)
+        if place.name == TOKENIZER_FILE and place.is_file():
+            place = place.parent
         if not (place / TOKENIZER_FILE).is_file():
             other = next((name for name in ("tokenizer.model", "vocab.json") if (place / name).is_file()), None)
             hint = (
@@ -84,7 +86,11 @@ class ModelTokenizer:
             )
             raise ConfigurationError(
                 f"{place} has no {TOKENIZER_FILE}, without which there is no text."
-                + (hint + f"makes a {TOKENIZER_FILE}." if other else " Copy it from the model it was trained with.")
+                + (
+                    hint + f"makes a {TOKENIZER_FILE}."
+                    if other
+                    else " Copy it there, or say where it is with `tokenizer=`."
+                )
             )
         tokenizer = load_tokenizer(place)
         settings = read_json(place / CONFIG_FILE)

@@ -82,17 +82,23 @@ def end_with(processes: list[subprocess.Popen]) -> None:
 
 
 def die_with_launcher() -> None:
-    """In a process that `ProcessLauncher` started: asks the kernel to end this process when the launching one ends.
-
-    Covers even `kill -9` of the launching process, after which nothing could clean up. Linux only; elsewhere peers
-    notice by their closed connections.
-    """
+    """In a process that `ProcessLauncher` started: see `die_with`."""
     parent = os.environ.get(PARENT_VARIABLE)
-    if parent is None or int(parent) == os.getpid() or not sys.platform.startswith("linux"):
+    if parent is not None and int(parent) != os.getpid():
+        die_with(int(parent))
+
+
+def die_with(parent: int) -> None:
+    """Asks the kernel to end this process when its parent ends.
+
+    Covers even `kill -9` of the parent, after which nothing could clean up. Linux only; elsewhere peers notice by their
+    closed connections.
+    """
+    if not sys.platform.startswith("linux"):
         return
     pr_set_pdeathsig = 1
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != int(parent):  # it ended before the request was in place
+    if os.getppid() != parent:  # it ended before the request was in place
         os._exit(1)
 
 

@@ -122,6 +122,6 @@ def test_files_that_are_missing_or_damaged(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
     refused("tokenizer.json is not a tokenizer")
     (folder / "tokenizer.json").unlink()
-    refused("has no tokenizer.json, without which there is no text. Copy it")
+    refused("has no tokenizer.json, without which there is no text. Copy it there")
     (folder / "tokenizer.model").write_bytes(b"")
     refused("has tokenizer.model, of which .* makes a tokenizer.json")

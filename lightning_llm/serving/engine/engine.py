@@ -95,7 +95,8 @@ class Engine:
         self._grammars = GrammarCompiler(tokenizer, model.vocab_size, self.eos_token_ids)
         self._live: dict[str, list[Request]] = {}
         self._finished: Counter[str] = Counter()
-        self._prompt_tokens = self._generation_tokens = self._steps = 0
+        self._prompt_tokens = self._generation_tokens = self._step_tokens = 0
+        self._step_sizes: Counter[int] = Counter()  # by the power of two that is not less
 
     # -- what callers do --
 
@@ -145,6 +146,15 @@ class Engine:
         self._live[request_id] = [request]
         self.scheduler.add(request)
 
+    def prepare(self, params: SamplingParams) -> None:
+        """Does beforehand what `add` would take long for; the one method that may be called by another thread.
+
+        Raises:
+            RequestError: `add` would raise it.
+        """
+        if params.grammar is not None:
+            self._grammars.compile(params.grammar)
+
     def abort(self, request_id: str) -> None:
         """Ends a request, wherever it stands; its blocks are free when this returns. Unknown ones are passed over."""
         for request in self._live.pop(request_id, ()):
@@ -171,7 +181,8 @@ class Engine:
             time.sleep(self.scheduler.seconds_to_batch(time.monotonic()))
             return []
         states, updates = self._forward(plan)
-        self._steps += 1
+        self._step_tokens += plan.num_tokens
+        self._step_sizes[(plan.num_tokens - 1).bit_length()] += 1
         self.scheduler.advance(plan)
         rows: list[Tensor] = []
         asked: list[Request] = []
@@ -207,8 +218,10 @@ class Engine:
             prefix_cache_hits=scheduler.prefix_hits,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
-            steps=self._steps,
+            steps=self._step_sizes.total(),
             requests_finished=dict(self._finished),
+            step_tokens=self._step_tokens,
+            step_sizes=[self._step_sizes[power] for power in range(max(self._step_sizes, default=-1) + 1)],
         )
 
     # -- a step --

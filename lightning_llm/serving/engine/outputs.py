@@ -158,6 +158,9 @@ class EngineStats:
         num_preemptions, prompt_tokens, generation_tokens, steps: Counted from the beginning.
         prefix_cache_queries, prefix_cache_hits: Tokens of prompts that were looked for, and found.
         requests_finished: By reason.
+        step_tokens: Computed by all steps together.
+        step_sizes: Steps by how many tokens they computed: in place `i` those with more than 2 ** (i - 1) and at most
+            2 ** i.
     """
 
     num_requests_running: int
@@ -174,6 +177,8 @@ class EngineStats:
     generation_tokens: int
     steps: int
     requests_finished: dict[str, int]
+    step_tokens: int = 0
+    step_sizes: list[int] = field(default_factory=list)
 
     @property
     def kv_cache_usage(self) -> float:

@@ -53,6 +53,7 @@ class Runner:
             cache.kv_dtype,
             block_size=cache.block_size,
             head_dim=decoder.config.head_dim,
+            group=decoder.config.num_attention_heads // decoder.config.num_key_value_heads,
             kernel=kernel,
         )
         self._head = head

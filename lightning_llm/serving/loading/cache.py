@@ -73,7 +73,7 @@ class ModelCache:
         Raises:
             ConfigurationError: The disk is full.
         """
-        key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+        key = _key(identity)
         folder = self.folder / key
         make_folder(self.folder)
         while True:
@@ -90,8 +90,7 @@ class ModelCache:
 
     def has(self, identity: Mapping[str, Any]) -> bool:
         """Whether there is such an entry, good or not."""
-        key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-        return (self.folder / key / ENTRY).is_file()
+        return (self.folder / _key(identity) / ENTRY).is_file()
 
     @contextmanager
     def _locked(self, key: str, mode: int) -> Iterator[None]:
@@ -179,6 +178,10 @@ class ModelCache:
             (folder / ENTRY).unlink(missing_ok=True)  # first: half an entry is none
             shutil.rmtree(folder, ignore_errors=True)
             return True
+
+
+def _key(identity: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _digest_of(listed: Mapping[str, Any]) -> str:

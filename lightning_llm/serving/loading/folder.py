@@ -50,6 +50,7 @@ def load_folder(
     name: str | None = None,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "cpu",
+    tokenizer: str | Path | None = None,
     chat_template: str | Path | None = None,
 ) -> LoadedModel:
     """Loads a Hugging Face folder; see `load_model`."""
@@ -58,17 +59,17 @@ def load_folder(
     config = DecoderConfig.load(place)
     generation = read_json(place / "generation_config.json")
     ends = _ids(generation.get("eos_token_id"), place / "generation_config.json") | set(config.eos_token_ids)
-    tokenizer = ModelTokenizer.load(place, eos_token_ids=ends, chat_template=chat_template)
-    if tokenizer.vocab_size > config.vocab_size:
+    words = ModelTokenizer.load(tokenizer or place, eos_token_ids=ends, chat_template=chat_template)
+    if words.vocab_size > config.vocab_size:
         raise ConfigurationError(
-            f"{place}: the tokenizer has {tokenizer.vocab_size} tokens and the model's embedding {config.vocab_size} "
-            f"rows, {tokenizer.vocab_size - config.vocab_size} too few: they are not of the same model."
+            f"{place}: the tokenizer has {words.vocab_size} tokens and the model's embedding {config.vocab_size} "
+            f"rows, {words.vocab_size - config.vocab_size} too few: they are not of the same model."
         )
     decoder = load_decoder(place, config, dtype=dtype, device=device)
     defaults = {key: generation[key] for key in _SAMPLING if generation.get(key) is not None}
     if generation.get("do_sample") is False:
         defaults = {"temperature": 0.0}
-    return LoadedModel(name or place.resolve().name, decoder, tokenizer, place, defaults)
+    return LoadedModel(name or place.resolve().name, decoder, words, place, defaults)
 
 
 def check_folder(folder: Path) -> None:

@@ -38,6 +38,7 @@ def load_model(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "cpu",
     revision: str | None = None,
+    tokenizer: str | Path | None = None,
     chat_template: str | Path | None = None,
     cache: ModelCache | None = None,
 ) -> LoadedModel:
@@ -53,6 +54,7 @@ def load_model(
         dtype: Of the weights; "auto": as they are, where a quantised file counts as bfloat16.
         device: Where to.
         revision: Of a model on the hub; a commit pins it.
+        tokenizer: A folder with a tokenizer, or its `tokenizer.json`, to use instead of the model's.
         chat_template: A file to use instead of the model's template.
         cache: None: the one that `LIGHTNING_LLM_CACHE` names.
 
@@ -62,7 +64,9 @@ def load_model(
     """
     with local_folder(source, dtype=dtype, revision=revision, cache=cache) as folder:
         called = name or _name_of(source)
-        return load_folder(folder, name=called, dtype=dtype, device=device, chat_template=chat_template)
+        return load_folder(
+            folder, name=called, dtype=dtype, device=device, tokenizer=tokenizer, chat_template=chat_template
+        )
 
 
 def local_folder(

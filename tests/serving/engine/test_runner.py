@@ -4,6 +4,8 @@ import random
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_llm import Decoder, DecoderConfig
@@ -94,6 +96,43 @@ def test_any_batching_gives_what_the_decoder_gives_for_each_prompt_alone(
     for states, wanted in zip(serve(runner, prompts, rng), expected(decoder, prompts), strict=True):
         torch.testing.assert_close(states, wanted, atol=1e-10, rtol=1e-10)
         torch.testing.assert_close(runner.logits(states), decoder.lm_head(wanted).float(), atol=1e-5, rtol=1e-5)
+
+
+@given(seed=st.integers(0, 2**32), block_size=st.integers(1, 9), window=st.one_of(st.none(), st.integers(1, 30)))
+@settings(max_examples=25, deadline=None)
+def test_it_does_so_whatever_the_chunks_blocks_and_window(seed: int, block_size: int, window: int | None) -> None:
+    decoder = decoder_of(DecoderConfig(**SMALL, sliding_window=window), torch.float64)
+    rng = random.Random(seed)
+    prompts = random_prompts(rng, 3, 60)
+    blocks = 1 + sum(-(-len(prompt) // block_size) for prompt in prompts)  # not one to spare
+    runner = Runner(decoder, KVCache(decoder.config, blocks, block_size=block_size, dtype=torch.float64))
+    for states, wanted in zip(serve(runner, prompts, rng, longest=40), expected(decoder, prompts), strict=True):
+        torch.testing.assert_close(states, wanted, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-4), (torch.bfloat16, 0.15)])
+def test_it_does_so_in_the_types_that_are_served(dtype: torch.dtype, tolerance: float) -> None:
+    decoder = decoder_of(CONFIGS["qwen3"], torch.float64)
+    rng = random.Random(3)
+    prompts = random_prompts(rng, 4, 80)
+    wanted = torch.cat(expected(decoder, prompts))
+    decoder = decoder.to(dtype)
+    runner = Runner(decoder, KVCache(decoder.config, 60, block_size=8, dtype=dtype))
+    error = (torch.cat(serve(runner, prompts, rng)) - wanted).abs().max()
+    assert error < tolerance, error
+
+
+@pytest.mark.parametrize("kernel", ["reference", "cpu"])
+@pytest.mark.parametrize(("kv_dtype", "tolerance"), [("int8", 0.03), ("fp8", 0.1)])
+def test_keys_and_values_in_eight_bits_cost_little(kv_dtype: str, tolerance: float, kernel: str) -> None:
+    decoder = decoder_of(CONFIGS["qwen3"], torch.float64)
+    rng = random.Random(4)
+    prompts = random_prompts(rng, 4, 80)
+    cache = KVCache(decoder.config, 60, block_size=8, dtype=torch.float64, kv_dtype=kv_dtype)
+    states = torch.cat(serve(Runner(decoder, cache, kernel=kernel), prompts, rng))
+    wanted = torch.cat(expected(decoder, prompts))
+    error = (states - wanted).norm() / wanted.norm()
+    assert 1e-5 < error < tolerance, error
 
 
 def test_a_failed_pass_leaves_the_cache_usable() -> None:

@@ -55,7 +55,7 @@ def chat_routes(service: Service, style: ToolStyle) -> APIRouter:
             add_generation_prompt=body.add_generation_prompt,
             variables=body.chat_template_kwargs,
         )
-        chat = Chat(service, body, use, service.job(request, body, "chatcmpl", [prompt], params))
+        chat = Chat(service, body, use, service.job(request, body, "chatcmpl", [prompt], params, param="messages"))
         if body.stream:
             return service.stream(chat.chunks(), request_id_of(request))
         return as_json(await chat.complete())

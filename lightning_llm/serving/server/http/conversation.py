@@ -163,7 +163,8 @@ def _calls_grammar(functions: Sequence[FunctionDefinition], parallel: bool) -> G
             }
         )
     most = _MOST_CALLS if parallel else 1
-    return schema_grammar({"type": "array", "minItems": 1, "maxItems": most, "items": {"anyOf": calls}, **shared})
+    schema: JSONObject = {"type": "array", "minItems": 1, "maxItems": most, "items": {"anyOf": calls}}
+    return schema_grammar({**schema, **shared})
 
 
 def conversation_text(

@@ -27,7 +27,7 @@ def embedding_routes(service: Service) -> APIRouter:
         service.admit(body.model)
         texts = await service.encode_all(body.input, "input")
         params = SamplingParams(max_tokens=1)
-        job = service.job(request, body, "embd", texts, params, pooling=service.settings.pooling)
+        job = service.job(request, body, "embd", texts, params, param="input", pooling=service.settings.pooling)
         vectors: list[list[float]] = [[] for _ in texts]
         tally = job.tally()
         async for place, update in service.run(job):

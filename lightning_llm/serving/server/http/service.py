@@ -70,6 +70,7 @@ class Job:
         id: Of the answer, as the client sees it.
         stream: Whether the answer goes out piece by piece.
         prompts: As tokens.
+        param: The field that they came in.
         params: For all of them.
         priority, cache_salt, pooling: See `Engine.add`.
         created: Seconds since 1970.
@@ -79,6 +80,7 @@ class Job:
     id: str
     stream: bool = False
     prompts: list[list[int]]
+    param: str = "prompt"
     params: SamplingParams
     priority: int = 0
     cache_salt: str = ""
@@ -197,6 +199,7 @@ class Service:
         prompts: list[list[int]],
         params: SamplingParams,
         *,
+        param: str = "prompt",
         pooling: Literal["mean", "last"] | None = None,
     ) -> Job:
         """What the engine is to do; `kind` begins the id. Prefixes are shared within what authentication put in
@@ -207,6 +210,7 @@ class Service:
             stream=bool(getattr(body, "stream", False)),
             id=f"{kind}-{uuid.uuid4().hex}",
             prompts=prompts,
+            param=param,
             params=params,
             priority=body.priority,
             cache_salt=json.dumps([tenant, body.cache_salt]) if body.cache_salt else tenant,
@@ -266,13 +270,17 @@ class Service:
             pooling=job.pooling,
         )
         watch = None if self.observer is None else self.observer(job, place)
-        async with aclosing(updates):
-            async for update in updates:
-                if watch is not None:
-                    watch(update)
-                if update.error is not None or update.finish_reason in ("error", "abort"):
-                    raise EngineFailedError(update.error or "aborted")
-                yield update
+        try:
+            async with aclosing(updates):
+                async for update in updates:
+                    if watch is not None:
+                        watch(update)
+                    if update.error is not None or update.finish_reason in ("error", "abort"):
+                        raise EngineFailedError(update.error or "aborted")
+                    yield update
+        except RequestError as error:
+            param = job.param if error.param == "prompt" else error.param
+            raise RequestError(str(error), param=param, code=error.code) from None
 
     def stream(self, events: AsyncGenerator[Any, None], request_id: str) -> EventStream:
         """An answer piece by piece."""

@@ -1,0 +1,137 @@
+"""What no route ever sees: bodies that are too large, too slow, too deep, or not JSON at all."""
+
+from __future__ import annotations
+
+import json
+import socket
+
+import httpx
+import pytest
+
+from lightning_llm.errors import ConfigurationError
+from lightning_llm.serving.server.http import HTTPSettings
+from tests.serving.server.http.served import Server, make_client, serve
+
+ROUTES = ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/generate", "/tokenize", "/detokenize"]
+JSON = {"Content-Type": "application/json"}
+
+
+def error_of(answer: httpx.Response) -> dict:
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and len(error["message"]) < 600
+    return error
+
+
+@pytest.mark.parametrize("path", ROUTES)
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{",
+        b"nothing",
+        b'{"prompt": NaN}',
+        b'{"prompt": "a", "temperature": Infinity}',
+        b'{"prompt": "a", "temperature": -1e999}',
+        b'{"prompt": "' + b"\xff\xfe" + b'"}',
+        b'{"prompt": "\\ud800"}',
+        b'{"\\udfff": 1}',
+        b'{"seed": ' + b"9" * 5000 + b"}",
+        b"[" * 100_000,
+        b'{"a":' * 70 + b"1" + b"}" * 70,
+        b"[" * 65 + b"]" * 65,
+        b"[]",
+        b"null",
+        b"1e308",
+        b"",
+    ],
+)
+def test_what_is_no_request_is_400(http: httpx.Client, path: str, body: bytes) -> None:
+    answer = http.post(path, content=body, headers=JSON)
+    assert answer.status_code == 400 and error_of(answer)["type"] == "invalid_request_error"
+
+
+def test_valid_json_is_not_refused(http: httpx.Client) -> None:
+    pair = '{"prompt": "\\ud83d\\ude00", "x": ' + "[" * 63 + "]" * 63 + ', "y": 1e308}'
+    assert (
+        http.post("/tokenize", content=pair, headers={"Content-Type": "APPLICATION/JSON; charset=utf-8"}).json()[
+            "tokens"
+        ]
+        == http.post("/tokenize", json={"prompt": "😀"}).json()["tokens"]
+    )
+    answer = http.post("/generate", content='{"prompt": "a", "temperature": 1e308}', headers=JSON)
+    assert answer.status_code == 400 and error_of(answer)["param"] == "temperature"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Content-Type": "text/plain"},
+        {"Content-Type": "application/x-www-form-urlencoded"},
+        {"Content-Type": "multipart/form-data; boundary=x"},
+        {},
+        {**JSON, "Content-Encoding": "gzip"},
+    ],
+)
+def test_only_json_is_taken(http: httpx.Client, headers: dict[str, str]) -> None:
+    answer = http.post("/generate", content=b'{"prompt": "a"}', headers=headers)
+    assert answer.status_code == 415 and error_of(answer)["code"] == "not_json"
+
+
+def test_large_bodies_announced_or_not(http: httpx.Client) -> None:
+    size = 4 << 20
+    body = json.dumps({"prompt": "x " * (size // 2)}).encode()
+    assert len(body) > size
+    assert http.post("/generate", content=body, headers=JSON).status_code == 413
+
+    def chunks():
+        for start in range(0, len(body), 1 << 16):
+            yield body[start : start + (1 << 16)]
+
+    try:
+        answer = http.post("/generate", content=chunks(), headers=JSON)
+        assert answer.status_code == 413 and error_of(answer)["code"] == "request_too_large"
+    except (httpx.WriteError, httpx.RemoteProtocolError):  # the server need not listen until the end
+        pass
+    fits = json.dumps({"prompt": "x " * 1_000_000}).encode()
+    assert error_of(http.post("/generate", content=fits, headers=JSON))["code"] == "context_length_exceeded"
+    assert http.get("/livez").status_code == 200
+
+
+def test_slow_bodies_are_given_up() -> None:
+    with serve(make_client(), HTTPSettings(body_timeout=0.1)) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+            connection.sendall(
+                b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+            )
+            assert connection.recv(4096).startswith(b"HTTP/1.1 408")
+
+
+def test_large_headers_are_refused(server: Server) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\nX-Large: " + b"x" * (1 << 20) + b"\r\n\r\n")
+        received = connection.recv(4096)
+    assert received.startswith(b"HTTP/1.1 4") or received == b""
+    assert httpx.get(f"{server.url}/livez").status_code == 200
+
+
+def test_unknown_paths_and_methods(http: httpx.Client) -> None:
+    assert error_of(http.get("/v2/nothing"))["code"] == "not_found"
+    answer = http.get("/v1/completions")
+    assert answer.status_code == 405 and answer.headers["allow"] == "POST"
+    assert error_of(answer)["code"] == "method_not_allowed"
+
+
+@pytest.mark.parametrize("given", ["a\tb", "x" * 129, "é".encode().decode("latin-1"), 'a"b'])
+def test_request_ids_are_checked(http: httpx.Client, given: str) -> None:
+    answer = http.get("/livez", headers={b"X-Request-Id": given.encode("latin-1")})
+    assert answer.headers["x-request-id"] != given and len(answer.headers["x-request-id"]) == 32
+
+
+def test_the_same_request_id_twice_is_no_mistake(http: httpx.Client) -> None:
+    body = {"prompt": ["a", "b"], "max_tokens": 2}
+    for _ in range(2):
+        assert http.post("/v1/completions", json=body, headers={"X-Request-Id": "same"}).status_code == 200
+
+
+def test_settings_that_cannot_be() -> None:
+    with pytest.raises(ConfigurationError, match="max_body_bytes must be above 0, not 0"):
+        HTTPSettings(max_body_bytes=0)
