@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from generation import ContinuousBatching, OurEngine, Side, StaticBatch, TimeIsUpError
-from taking_turns import Turn, print_table, ratios, spread, timed
+from taking_turns import Turn, print_table, ratios, say, spread, timed
 
 from lightning_llm.serving.bench.datasets import random_prompts
 
@@ -49,6 +49,7 @@ def measure_offline(
                 except TimeIsUpError as error:
                     gave_up[side.name] = f"with {count}: {error}"
                     continue
+                say(f"{count} prompts, turn {turn}, {side.name}: {took.seconds:.1f} s")
                 assert all(len(answer) == length for answer in answers[side.name]), side.name
                 if turn:
                     turns[side.name].append(took)

@@ -23,7 +23,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import torch
+from effects import measure_effects, print_effects
 from offline import measure_offline, print_offline
+from over_http import measure_http, measure_overhead, print_http, print_overhead
 
 from lightning_llm.serving.loading.cache import ModelCache
 from lightning_llm.serving.loading.sources import local_folder
@@ -54,7 +56,50 @@ def offline(arguments: argparse.Namespace, folder: Path, dtype: torch.dtype) -> 
     return found
 
 
-SECTIONS: dict[str, Callable[[argparse.Namespace, Path, torch.dtype], dict[str, Any]]] = {"offline": offline}
+def effects(arguments: argparse.Namespace, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    rounds = arguments.rounds or (2 if arguments.quick else 3)
+    found = measure_effects(folder, dtype, rounds=rounds, quick=arguments.quick)
+    print_effects(found)
+    return found
+
+
+def http(arguments: argparse.Namespace, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    quick = arguments.quick
+    found = measure_http(
+        folder,
+        arguments.dtype,
+        threads=arguments.threads,
+        concurrency=4 if quick else 16,
+        input_len=32 if quick else 128,
+        output_len=16 if quick else 128,
+        rounds=arguments.rounds or (1 if quick else 2),
+        goodput=arguments.goodput,
+    )
+    print_http(found)
+    return found
+
+
+def overhead(arguments: argparse.Namespace, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    quick = arguments.quick
+    found = measure_overhead(
+        folder,
+        arguments.dtype,
+        threads=arguments.threads,
+        concurrency=4 if quick else 32,
+        input_len=32 if quick else 128,
+        output_len=16 if quick else 64,
+        rounds=arguments.rounds or (2 if quick else 3),
+    )
+    print_overhead(found)
+    return found
+
+
+SECTIONS: dict[str, Callable[[argparse.Namespace, Path, torch.dtype], dict[str, Any]]] = {
+    "offline": offline,
+    "effects": effects,
+    "http": http,
+    "overhead": overhead,
+}
 
 
 def main() -> int:
@@ -67,6 +112,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, help="by default 3, or 2 if quick")
     parser.add_argument("--concurrency", type=int, nargs="+", help="by default 1 8 32, or 1 4 if quick")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds after which a peer's turn is given up")
+    parser.add_argument("--goodput", nargs="+", default=["ttft:2000", "tpot:200"], help="limits of a good request, ms")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "serve.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

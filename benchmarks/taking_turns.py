@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,11 @@ def timed(act: Callable[[], Any]) -> tuple[Any, Turn]:
     began, cpu = time.perf_counter(), time.process_time()
     result = act()
     return result, Turn(time.perf_counter() - began, time.process_time() - cpu)
+
+
+def say(text: str) -> None:
+    """What was just done, for whoever waits."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def spread(values: Sequence[float]) -> dict[str, float] | None:
