@@ -47,8 +47,8 @@ def offline(arguments: argparse.Namespace, folder: Path, dtype: torch.dtype) -> 
         folder,
         dtype,
         concurrencies=arguments.concurrency or ((1, 4) if quick else (1, 8, 32)),
-        input_len=32 if quick else 128,
-        output_len=16 if quick else 128,
+        input_len=arguments.input_len or (32 if quick else 128),
+        output_len=arguments.output_len or (16 if quick else 128),
         rounds=arguments.rounds or (2 if quick else 3),
         limit=arguments.limit,
     )
@@ -70,8 +70,8 @@ def http(arguments: argparse.Namespace, folder: Path, dtype: torch.dtype) -> dic
         arguments.dtype,
         threads=arguments.threads,
         concurrency=4 if quick else 16,
-        input_len=32 if quick else 128,
-        output_len=16 if quick else 128,
+        input_len=arguments.input_len or (32 if quick else 128),
+        output_len=arguments.output_len or (16 if quick else 128),
         rounds=arguments.rounds or (1 if quick else 2),
         goodput=arguments.goodput,
     )
@@ -86,8 +86,8 @@ def overhead(arguments: argparse.Namespace, folder: Path, dtype: torch.dtype) ->
         arguments.dtype,
         threads=arguments.threads,
         concurrency=4 if quick else 32,
-        input_len=32 if quick else 128,
-        output_len=16 if quick else 64,
+        input_len=arguments.input_len or (32 if quick else 128),
+        output_len=arguments.output_len or (16 if quick else 64),
         rounds=arguments.rounds or (2 if quick else 3),
     )
     print_overhead(found)
@@ -111,6 +111,8 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch, for every side")
     parser.add_argument("--rounds", type=int, help="by default 3, or 2 if quick")
     parser.add_argument("--concurrency", type=int, nargs="+", help="by default 1 8 32, or 1 4 if quick")
+    parser.add_argument("--input-len", type=int, help="tokens of a prompt; by default 128, or 32 if quick")
+    parser.add_argument("--output-len", type=int, help="of an answer; by default 128 (overhead: 64), or 16 if quick")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds after which a peer's turn is given up")
     parser.add_argument("--goodput", nargs="+", default=["ttft:2000", "tpot:200"], help="limits of a good request, ms")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "serve.json")

@@ -52,19 +52,19 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     cells = [list(columns), *([_cell(value) for value in row] for row in rows)]
     widths = [max(len(row[place]) for row in cells) for place in range(len(columns))]
     print(f"\n{title}")
-    for row in cells:
-        print(
-            "  ".join(text.rjust(width) if place else text.ljust(width) for place, (text, width) in _pairs(row, widths))
-        )
-
-
-def _pairs(row: Sequence[str], widths: Sequence[int]) -> enumerate[tuple[str, int]]:
-    return enumerate(zip(row, widths, strict=True))
+    for first, *others in cells:
+        right = [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
+        print("  ".join([first.ljust(widths[0]), *right]))
 
 
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, Mapping):
-        return " / ".join(f"{value[name]:.2f}" for name in ("min", "median", "max"))
-    return f"{value:,.1f}" if isinstance(value, float) else str(value)
+        return " / ".join(_number(value[name]) for name in ("min", "median", "max"))
+    return _number(value) if isinstance(value, float) else str(value)
+
+
+def _number(value: float) -> str:
+    """Three digits that say something, and no more behind the point."""
+    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2 if value >= 0.1 else 3}f}"

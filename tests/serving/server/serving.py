@@ -234,7 +234,14 @@ def serving(model: Path, log: Path, *, workers: int = 1, stock: bool = False, wa
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = {"model": str(model), "port": port, "workers": workers, "stock": stock, "engine": engine, "server": server}
+    options = {
+        "model": str(model),
+        "port": port,
+        "workers": workers,
+        "stock": stock,
+        "engine": engine,
+        "server": server,
+    }
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", __name__, json.dumps(options)],
