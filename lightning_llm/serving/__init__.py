@@ -13,14 +13,18 @@ if TYPE_CHECKING:
     from lightning_llm.serving.engine.config import EngineConfig
     from lightning_llm.serving.engine.params import Grammar, SamplingParams
     from lightning_llm.serving.llm import LLM
+    from lightning_llm.serving.server.api import LLMServeAPI
+    from lightning_llm.serving.server.server import EngineServer
 
 _HOMES = {
     "EngineConfig": "engine.config",
+    "EngineServer": "server.server",
     "Grammar": "engine.params",
     "LLM": "llm",
+    "LLMServeAPI": "server.api",
     "SamplingParams": "engine.params",
 }
-__all__ = ["LLM", "EngineConfig", "Grammar", "SamplingParams"]
+__all__ = ["LLM", "EngineConfig", "EngineServer", "Grammar", "LLMServeAPI", "SamplingParams"]
 
 
 def __getattr__(name: str) -> Any:

@@ -107,7 +107,7 @@ class KVCache:
                 kept[blocks, offsets] = new.to(kept.dtype)
             else:
                 values, scale = quantize(new, kept.dtype)
-                # As bytes: torch (2.13) does not index-put 8-bit floats on every device.
+                # As bytes, so that no device needs an indexing kernel for 8-bit floats.
                 kept.view(torch.uint8)[blocks, offsets] = values.view(torch.uint8)
                 scales[blocks, offsets] = scale
 

@@ -61,6 +61,7 @@ class Update:
         usage: With the last one of an answer.
         prompt_logprobs: With the first one, where asked for; the first token of a prompt has none.
         embedding: What was pooled, [hidden].
+        worker: Whose engine it was, where there are several.
     """
 
     request_id: str
@@ -74,6 +75,7 @@ class Update:
     usage: Usage | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
     embedding: list[float] | None = None
+    worker: int = 0
 
 
 @dataclass

@@ -48,7 +48,8 @@ class _Group:
 
 
 class _Long(NamedTuple):
-    """A sequence with many new tokens: rows begin to end of the batch; `keys` from the first gathered token on."""
+    """A sequence with many new tokens, begin to end of the batch: of what is gathered for it, `skip` tokens are out of
+    sight, and `keys` follow."""
 
     begin: int
     end: int
@@ -122,15 +123,11 @@ def _gather(
     """Keys and values of these blocks, [tokens, kv_heads, head_dim] in `dtype`."""
     gathered = []
     for values, scales, target in zip(cache[:2], cache[2:], memory, strict=True):
-        # As bytes where they are 8 bits: torch (2.13) does not select among 8-bit floats.
-        source = values if scales is None else values.view(torch.uint8)
         target = target[: len(blocks)]
-        torch.index_select(source.flatten(1), 0, blocks, out=target)
+        torch.index_select(values.flatten(1), 0, blocks, out=target)
         x = target.view(-1, *values.shape[2:])
-        if scales is not None:
-            x = dequantize(x.view(values.dtype), scales[blocks].flatten(0, 1), dtype)
-        elif x.dtype != dtype:
-            x = x.to(dtype)
+        if x.dtype != dtype:
+            x = dequantize(x, None if scales is None else scales[blocks].flatten(0, 1), dtype)
         gathered.append(x if unused is None else x.index_fill_(0, unused, 0))
     return gathered[0], gathered[1]
 
@@ -164,8 +161,7 @@ def _plan(q: Tensor, cache: LayerCache, batch: PagedBatch, sliding_window: int |
     mask = _additive(visible(chunk, torch.arange(keys), sliding_window=sliding_window), q.dtype)
 
     most = max([len(group.blocks) for group in groups] + [len(piece.blocks) for piece in long])
-    stored = cache.k.dtype if cache.k_scale is None else torch.uint8
-    return _Plan(groups, long, mask, torch.empty(2, most, cache.k[0].numel(), dtype=stored))
+    return _Plan(groups, long, mask, torch.empty(2, most, cache.k[0].numel(), dtype=cache.k.dtype))
 
 
 def _group(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import faulthandler
+import logging
 import os
 import signal
 from pathlib import Path
@@ -38,6 +39,7 @@ class LLMServeAPI(LitAPI):
         revision: Of a model on the hub.
         chat_template: A file to use instead of the model's template.
         attach: Puts the routes onto LitServe's app, in front of an `EngineClient`; called once in the main process.
+            None: all that there are.
         **settings: Fields of `EngineConfig`, such as `kv_cache_blocks`.
 
     Raises:
@@ -96,6 +98,7 @@ class LLMServeAPI(LitAPI):
             )
         except ConfigurationError as error:
             transport.complaint(worker).write_text(str(error), encoding="utf-8")
+            logging.getLogger("litserve").setLevel(logging.CRITICAL)  # it would add a traceback; the main process tells
             raise
         self.facts = _facts(loaded, self.engine)
 

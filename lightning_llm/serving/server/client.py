@@ -42,7 +42,7 @@ class WorkerInfo:
         ready: Whether requests go to it.
         busy: Whether it has requests.
         steps: Of its engine.
-        silence: Seconds since it last went through its loop.
+        silence: Seconds since it last went through its loop; None before it has begun.
         in_flight: Requests of this HTTP process that it has.
     """
 
@@ -51,7 +51,7 @@ class WorkerInfo:
     ready: bool
     busy: bool
     steps: int
-    silence: float
+    silence: float | None
     in_flight: int
 
 
@@ -203,6 +203,7 @@ class EngineClient:
             while left:
                 update = await self._next(ticket)
                 update.request_id = request_id
+                update.worker = link.worker
                 left -= update.finish_reason is not None
                 yield update
         finally:
@@ -210,12 +211,12 @@ class EngineClient:
             if link.tickets.pop(ticket.uid, None) is not None and left:
                 self.transport.post(link.address, ["abort", ticket.uid])
 
-    async def stats(self) -> list[EngineStats]:
-        """Of the engine of each worker that is ready and answers within some seconds."""
-        return [EngineStats(**fields) for fields in await self._ask_all("stats")]
+    async def stats(self) -> dict[int, EngineStats]:
+        """Of the engine of each worker that answers within some seconds, by the worker's id."""
+        return {worker: EngineStats(**fields) for worker, fields in (await self._ask_all("stats")).items()}
 
-    async def blocks(self) -> list[bytes]:
-        """A byte for each block of each engine, see `BlockPool.states`; for the same workers as `stats`."""
+    async def blocks(self) -> dict[int, bytes]:
+        """A byte for each block of these engines, see `BlockPool.states`."""
         return await self._ask_all("blocks")
 
     # -- what workers say --
@@ -316,11 +317,11 @@ class EngineClient:
 
     def _info(self, worker: int) -> WorkerInfo:
         state, link = self._board.workers[worker], self._links.get(worker)
-        silence = self._board.silence(worker)
+        silence = self._board.silence(worker) if state.beat else None
         return WorkerInfo(
             id=worker,
             pid=state.pid,
-            ready=link is not None and state.ready and silence <= self.silence_limit,
+            ready=link is not None and state.ready and silence is not None and silence <= self.silence_limit,
             busy=state.busy,
             steps=state.steps,
             silence=silence,
@@ -355,13 +356,14 @@ class EngineClient:
         self._in_flight += change
         self._board.in_flight[self._consumer] = self._in_flight
 
-    async def _ask_all(self, question: str) -> list[Any]:
-        links = [self._links[worker] for worker in sorted(self._links)]
-        answers = await asyncio.gather(*(self._ask(link, question) for link in links), return_exceptions=True)
+    async def _ask_all(self, question: str) -> dict[int, Any]:
+        links = dict(sorted(self._links.items()))
+        answers = await asyncio.gather(*(self._ask(link, question) for link in links.values()), return_exceptions=True)
         for answer in answers:
             if isinstance(answer, BaseException) and not isinstance(answer, EngineDiedError | TimeoutError):
                 raise answer
-        return [answer for answer in answers if not isinstance(answer, BaseException)]
+        replies = zip(links, answers, strict=True)
+        return {worker: answer for worker, answer in replies if not isinstance(answer, BaseException)}
 
     async def _ask(self, link: _Link, question: str) -> Any:
         ticket = self._register(link)

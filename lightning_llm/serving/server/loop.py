@@ -47,14 +47,21 @@ class EngineLoop(LitLoop):
         workers_setup_status: Any,
         callback_runner: Any,
     ) -> None:
-        """Serves until the process is told to end."""
+        """Serves until the process is told to end, and ends it: Python would take seconds to tidy torch away."""
         worker = _Worker(worker_id, lit_api.engine, transport)
         end_on_sigterm(transport.board)
+        status = 1
         try:
             worker.greet(lit_api.facts)
             worker.serve()
+        except SystemExit as end:
+            status = int(end.code or 0)
+        except Exception:
+            log.exception("Worker %d ends", worker_id)
         finally:
             worker.close()
+            logging.shutdown()
+            os._exit(status)
 
 
 class _Worker:

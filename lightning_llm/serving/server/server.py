@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,12 +19,14 @@ from litserve import LitServer
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.serving.server.api import LLMServeAPI
 from lightning_llm.serving.server.board import Phase
+from lightning_llm.serving.server.http.bounded import BoundedHTTP
 from lightning_llm.serving.server.processes import guard_forks, unguard_forks
 from lightning_llm.serving.server.supervisor import Supervisor
 from lightning_llm.serving.server.transport import EngineTransport
 
 log = logging.getLogger(__name__)
 
+_HOSTS = ("0.0.0.0", "127.0.0.1", "::")
 _FAREWELL = 5  # seconds that connections get to send what is left, after the requests have ended
 
 
@@ -31,14 +34,14 @@ class EngineServer(LitServer):
     """A `LitServer` for an `LLMServeAPI`.
 
     SIGTERM and Ctrl-C drain it: it is not ready any more and refuses new requests (503), what runs is finished within
-    `drain_timeout`, the rest gets an error, and the exit code is 0. A second one ends it at once. A worker that dies or
-    hangs is replaced; its requests fail. Whatever ends the main process ends all others.
+    `drain_timeout`, the rest gets an error, and the exit code is 0. A second one, or one while it starts, ends it at
+    once. A worker that dies or hangs is replaced; its requests fail. Whatever ends the main process ends all others.
 
     Args:
         lit_api: The model.
         drain_timeout: Seconds.
-        hang_timeout: Seconds without a step after which a worker that has requests is replaced. More than its longest
-            step: `max_num_batched_tokens` tokens on a slow CPU can take a minute.
+        hang_timeout: Seconds without a sign of life after which a worker is replaced. More than its longest step:
+            `max_num_batched_tokens` tokens can take a slow CPU a minute.
         max_failures: Workers in the same place that end before they are ready, after which the server gives up.
         **settings: Of `LitServer`, such as `accelerator`, `devices` and `workers_per_device`.
     """
@@ -80,10 +83,11 @@ class EngineServer(LitServer):
             **settings: Of `LitServer.run` and of uvicorn, such as `log_level`.
 
         Raises:
-            ConfigurationError: The model cannot be served; a worker said so.
+            ConfigurationError: The model cannot be served, as a worker said; or the address cannot be listened at.
             RuntimeError: Workers end before they are ready, or a process that speaks HTTP has died.
         """
-        settings = {"generate_client_file": False, **settings, "api_server_worker_type": "process"}
+        check_address(host, port)
+        settings = {"generate_client_file": False, "http": BoundedHTTP, **settings, "api_server_worker_type": "process"}
         self._main_pid = os.getpid()
         guard_forks()
         try:
@@ -139,8 +143,6 @@ class EngineServer(LitServer):
         before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
-        except KeyboardInterrupt:  # while it was starting
-            pass
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -148,14 +150,10 @@ class EngineServer(LitServer):
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._main_pid:
             return  # a forked process that has not set its own handlers yet
-        board = self.transport.board if self.transport is not None else None
-        if not self._supervising or board is None:
-            if board is not None:
-                board.phase = Phase.CLOSING
-            raise KeyboardInterrupt
-        if board.phase == Phase.SERVING:
-            board.phase = Phase.DRAINING
+        if self._supervising and self.transport is not None and self.transport.board.phase == Phase.SERVING:
+            self.transport.board.phase = Phase.DRAINING
         else:
+            # While it starts nothing is in flight, and an exception from here may get lost in somebody's __del__.
             self._end_now(number)
 
     def _end_now(self, number: int) -> NoReturn:
@@ -167,7 +165,7 @@ class EngineServer(LitServer):
         for child in multiprocessing.active_children():
             child.kill()
         if self.transport is not None:
-            self.transport.close()
+            self.transport.remove()
 
     def _raise_complaint(self) -> None:
         if self.transport is None:
@@ -176,3 +174,23 @@ class EngineServer(LitServer):
             complaint = self.transport.complaint(worker)
             if complaint.is_file():
                 raise ConfigurationError(complaint.read_text(encoding="utf-8")) from None
+
+
+def check_address(host: str, port: int) -> None:
+    """Says at once what uvicorn would say when the model is loaded.
+
+    Raises:
+        ConfigurationError: LitServe does not listen there, or somebody else does.
+    """
+    if host not in _HOSTS:
+        raise ConfigurationError(f"host is {host}: LitServe listens at {', '.join(_HOSTS)}.")
+    if not 1024 <= port <= 65535:
+        raise ConfigurationError(f"port is {port}: it must be from 1024 to 65535.")
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # of a server that has just ended
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigurationError(
+                f"{host}:{port} cannot be listened at ({error.strerror}): take another port."
+            ) from None

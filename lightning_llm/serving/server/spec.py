@@ -37,20 +37,20 @@ class EngineSpec(LitSpec):
     """Connects an `LLMServeAPI` to the `LitServer` that it was given to.
 
     Args:
-        attach: Puts the routes on.
+        attach: Puts the routes on; None: all that there are, see `put_together`.
     """
 
     def __init__(self, attach: Attach | None = None) -> None:
         super().__init__()
         self.api_path = "/v1/completions"  # LitServe's name for it; `attach` puts the route there
-        self.attach = attach
+        self._attach = attach
         self.transport: EngineTransport | None = None
         self.client: EngineClient | None = None
         self._api: LLMServeAPI | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """What a worker gets."""
-        return {**super().__getstate__(), "attach": None, "client": None, "response_buffer": None, "_endpoints": []}
+        return {**super().__getstate__(), "_attach": None, "client": None, "response_buffer": None, "_endpoints": []}
 
     @property
     def stream(self) -> bool:
@@ -85,12 +85,16 @@ class EngineSpec(LitSpec):
     def _put_on(self, server: LitServer) -> None:
         app, client, transport = server.app, self.client, self.transport
         assert client is not None and transport is not None
-        if self.attach is not None:
-            ours = {"/", server.healthcheck_path, server.info_path}
-            app.router.routes[:] = [
-                route for route in app.router.routes if not (isinstance(route, Route) and route.path in ours)
-            ]
-            self.attach(app, client)
+        ours = {"/", server.healthcheck_path, server.info_path}
+        app.router.routes[:] = [
+            route for route in app.router.routes if not (isinstance(route, Route) and route.path in ours)
+        ]
+        if self._attach is None:
+            from lightning_llm.serving.server.app import put_together  # a worker needs none of the routes
+
+            put_together(app, client)
+        else:
+            self._attach(app, client)
         lifespan = app.router.lifespan_context
 
         @asynccontextmanager

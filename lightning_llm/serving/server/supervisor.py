@@ -93,7 +93,7 @@ class Supervisor:
 
     def _hangs(self, worker: int) -> bool:
         state = self.board.workers[worker]
-        return state.ready and state.busy and self.board.silence(worker) > self._hang_timeout
+        return state.ready and self.board.silence(worker) > self._hang_timeout  # idle ones beat, too
 
     def _end(self, worker: int) -> None:
         process = self.workers[worker]

@@ -75,11 +75,17 @@ class EngineTransport(MessageTransport):
         return uid, (data, status, LoopResponseType(kind), worker)
 
     def close(self, send_sentinel: bool = False) -> None:
-        """In the main process, when the server ends: removes the folder."""
-        if os.getpid() == self.main_pid:
-            shutil.rmtree(self.directory, ignore_errors=True)
+        """In the main process, when LitServe begins to end the others. An `EngineServer` removes the folder itself,
+        when it has ended them."""
+        if not self.board.supervised:
+            self.remove()
 
     # -- ours --
+
+    def remove(self) -> None:
+        """Removes the folder, in the main process."""
+        if os.getpid() == self.main_pid:
+            shutil.rmtree(self.directory, ignore_errors=True)
 
     def open_inbox(self, worker: int) -> tuple[zmq.Socket[bytes], str]:
         """In a worker: where its requests arrive, and the address, which its successor will not have."""

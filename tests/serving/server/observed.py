@@ -12,12 +12,11 @@ from dataclasses import replace
 import uvicorn
 from fastapi import FastAPI
 
-from lightning_llm.serving.engine.outputs import Update
+from lightning_llm.serving.engine.outputs import EngineStats, Update
 from lightning_llm.serving.engine.params import SamplingParams
 from lightning_llm.serving.server.http import attach
 from lightning_llm.serving.server.observability.metrics import ServerMetrics
 from lightning_llm.serving.server.observability.middleware import Observability
-from lightning_llm.serving.server.observability.tracing import RequestTracer
 from lightning_llm.serving.server.playground import attach_playground
 from tests.serving.server.http.served import LocalClient, make_client
 
@@ -39,8 +38,11 @@ class PacedClient(LocalClient):
         async for update in super().generate(prompt_ids, endless, request_id=request_id, **fields):
             yield update
 
-    async def block_states(self) -> list[bytes]:
-        return [self.engine.scheduler.pool.states()]
+    async def stats(self) -> dict[int, EngineStats]:
+        return {0: self.engine.stats()}
+
+    async def blocks(self) -> dict[int, bytes]:
+        return {0: self.engine.scheduler.pool.states()}
 
 
 def make_paced_client(template: str | None = "chatml.jinja", pace: float = 0.0, **settings) -> PacedClient:
@@ -50,16 +52,13 @@ def make_paced_client(template: str | None = "chatml.jinja", pace: float = 0.0, 
     return paced
 
 
-def make_app(
-    client: PacedClient, *, tracer: RequestTracer | None = None, log_prompts: bool = False
-) -> tuple[FastAPI, ServerMetrics]:
-    metrics = ServerMetrics(client.model_name, max_model_len=client.max_model_len)
-    observability = Observability(metrics, client, tracer=tracer, log_prompts=log_prompts)
+def make_app(client: PacedClient, **settings) -> tuple[FastAPI, ServerMetrics]:
+    observability = Observability(client, **settings)
     app = FastAPI()
     attach(app, client, observer=observability)
     attach_playground(app, client)
     observability.attach(app)
-    return app, metrics
+    return app, observability.metrics
 
 
 @contextmanager

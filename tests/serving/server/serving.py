@@ -1,4 +1,4 @@
-"""A server of a tiny random model in processes of its own, and a client of it. Run as a module it is that server.
+"""A server of a tiny random model in processes of its own, and a client of it.
 
 Its routes are the thinnest that there can be, one for each thing that an `EngineClient` does: what is tested here is
 what lies below OpenAI's interface.
@@ -9,15 +9,17 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import logging
+import multiprocessing
 import os
-import signal
 import socket
-import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,6 @@ from lightning_llm.serving.server.wire import params_from_wire
 VOCABULARY = 300
 CONTEXT = 4096
 POISON = 299  # a prompt with this token cannot be computed, as if the device failed
-ROOT = Path(__file__).parents[3]
 
 
 def save_tiny_model(folder: Path) -> Path:
@@ -115,8 +116,8 @@ def attach(app: FastAPI, client: EngineClient) -> None:
         return JSONResponse(
             {
                 "workers": [dataclasses.asdict(worker) for worker in client.workers],
-                "stats": [dataclasses.asdict(one) for one in stats],
-                "blocks": [list(one) for one in blocks],
+                "stats": [dataclasses.asdict(one) for one in stats.values()],
+                "blocks": [list(one) for one in blocks.values()],
                 "in_flight": client.num_in_flight,
                 "pid": os.getpid(),
                 "model": [client.model_name, client.max_model_len, client.vocab_size, client.tokenizer.encode("fox")],
@@ -134,8 +135,13 @@ def attach(app: FastAPI, client: EngineClient) -> None:
         return JSONResponse({"longest": longest})
 
 
-def main() -> None:
-    options = json.loads(sys.argv[1])
+def _serve(options: dict[str, Any], log: Path) -> None:
+    os.setsid()
+    for number in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+    logging.basicConfig(level=logging.WARNING, force=True)  # not pytest's
+    tempfile.tempdir = str(log.parent)
     api = FragileAPI(options["model"], attach=attach, name="tiny", block_size=16, **options["engine"])
     settings = {"accelerator": "cpu", "workers_per_device": options["workers"]}
     if options["stock"]:
@@ -151,21 +157,20 @@ def main() -> None:
 
 @dataclasses.dataclass
 class Server:
-    process: subprocess.Popen[bytes]
+    process: BaseProcess
     url: str
     log: Path
+    http: httpx.Client
 
     def ask(self, path: str = "/state") -> Any:
-        return httpx.get(self.url + path, timeout=30).json()
+        return self.http.get(path).json()
 
     def status(self, path: str = "/readyz") -> int:
-        return httpx.get(self.url + path, timeout=30).status_code
+        return self.http.get(path).status_code
 
     @contextmanager
     def stream(self, prompt_ids: list[int], **body: Any) -> Iterator[Iterator[dict[str, Any]]]:
-        with httpx.stream(
-            "POST", self.url + "/generate", json={"prompt_ids": prompt_ids, **body}, timeout=60
-        ) as answer:
+        with self.http.stream("POST", "/generate", json={"prompt_ids": prompt_ids, **body}) as answer:
             yield (json.loads(line) for line in answer.iter_lines())
 
     def generate(self, prompt_ids: list[int], **body: Any) -> list[dict[str, Any]]:
@@ -179,9 +184,9 @@ class Server:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def end(self) -> None:
-        family = self.family() if self.process.poll() is None else []
+        family = self.family() if self.process.is_alive() else []
         self.process.kill()
-        self.process.wait()
+        self.process.join()
         for one in family:
             with suppress(psutil.NoSuchProcess):
                 one.kill()
@@ -242,24 +247,17 @@ def serving(model: Path, log: Path, *, workers: int = 1, stock: bool = False, wa
         "engine": engine,
         "server": server,
     }
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", __name__, json.dumps(options)],
-            cwd=ROOT,
-            env={**os.environ, "TMPDIR": str(log.parent), "OMP_NUM_THREADS": "1"},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    found = Server(process, f"http://127.0.0.1:{port}", log)
+    # Forked, since torch is imported here already; the workers that LitServe spawns begin anew.
+    process = multiprocessing.get_context("fork").Process(target=_serve, args=(options, log))
+    process.start()
+    url = f"http://127.0.0.1:{port}"
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)  # an old one may be closed
+    found = Server(process, url, log, httpx.Client(base_url=url, timeout=60, limits=limits, trust_env=False))
     try:
         if wait:
-            eventually(lambda: process.poll() is not None or found.status() == 200, 60)
-            assert process.poll() is None, log.read_text()
+            eventually(lambda: not process.is_alive() or found.status() == 200, 90)
+            assert process.is_alive(), log.read_text()
         yield found
     finally:
         found.end()
-
-
-if __name__ == "__main__":
-    main()
+        found.http.close()

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from lightning_llm.serving.engine.outputs import TokenLogprob, Update
 from lightning_llm.serving.server.http.conversation import ToolStyle, ToolUse, conversation_text, tool_use
-from lightning_llm.serving.server.http.documentation import STREAM_OR, as_json
+from lightning_llm.serving.server.http.documentation import as_json, events_or
 from lightning_llm.serving.server.http.errors import request_id_of
 from lightning_llm.serving.server.http.limits import LONG
 from lightning_llm.serving.server.http.logprobs import chat_logprobs
@@ -41,12 +41,15 @@ def chat_routes(service: Service, style: ToolStyle) -> APIRouter:
     """The router."""
     router = APIRouter()
 
-    @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAM_OR)
+    @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=events_or(ChatCompletionChunk))
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
         """Answers a conversation."""
         service.admit(body.model)
-        use = tool_use(body, style)
-        params = chat_params(body, service.defaults, grammar=use.grammar, special=use.form.special)
+        # What the template does with tools is found out by rendering it, at the first request that has some.
+        use = await off_loop(LONG + 1 if body.tools else 0, lambda: tool_use(body, style))
+        params = chat_params(
+            body, service.client.default_sampling_params, grammar=use.grammar, special=use.form.special
+        )
         prompt = await chat_prompt(
             service,
             style,
@@ -85,7 +88,7 @@ async def chat_prompt(
         )
 
     text = await off_loop(LONG + 1, render)
-    ids = await service.encode(text, add_special_tokens=False)
+    ids = await service.encode_prompt(text, "messages", add_special_tokens=False)
     service.check_prompt(ids, "messages")
     return ids
 

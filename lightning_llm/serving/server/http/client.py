@@ -12,8 +12,6 @@ from lightning_llm.serving.engine.params import SamplingParams
 class Tokenizer(Protocol):
     """Text <-> token ids of the served model."""
 
-    vocab_size: int
-
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
 
@@ -39,6 +37,14 @@ class EngineClient(Protocol):
     @property
     def model_name(self) -> str:
         """What clients call the model."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the model knows."""
+
+    @property
+    def default_sampling_params(self) -> Mapping[str, Any]:
+        """Of `SamplingParams`, where a request leaves them out: what the model's makers say."""
 
     @property
     def max_model_len(self) -> int:
@@ -73,5 +79,5 @@ class EngineClient(Protocol):
             EngineDiedError: There is no engine any more that could.
         """
 
-    async def stats(self) -> list[EngineStats]:
-        """Of each engine."""
+    async def stats(self) -> Mapping[int, EngineStats]:
+        """Of each engine that answers, by its worker."""

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from lightning_llm.serving.engine.outputs import TokenLogprob, Update
-from lightning_llm.serving.server.http.documentation import STREAM_OR, as_json
+from lightning_llm.serving.server.http.documentation import as_json, events_or
 from lightning_llm.serving.server.http.errors import request_id_of
 from lightning_llm.serving.server.http.logprobs import CompletionLogprobsWriter
 from lightning_llm.serving.server.http.params import completion_params
@@ -29,11 +29,11 @@ def completion_routes(service: Service) -> APIRouter:
     """The router."""
     router = APIRouter()
 
-    @router.post("/v1/completions", response_model=CompletionResponse, responses=STREAM_OR)
+    @router.post("/v1/completions", response_model=CompletionResponse, responses=events_or(CompletionResponse))
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         """Continues texts."""
         service.admit(body.model)
-        params = completion_params(body, service.defaults)
+        params = completion_params(body, service.client.default_sampling_params)
         prompts = await service.encode_all(body.prompt, "prompt", add_special_tokens=body.add_special_tokens)
         completions = Completions(service, body, service.job(request, body, "cmpl", prompts, params))
         if body.stream:

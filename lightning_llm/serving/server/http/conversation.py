@@ -163,8 +163,7 @@ def _calls_grammar(functions: Sequence[FunctionDefinition], parallel: bool) -> G
             }
         )
     most = _MOST_CALLS if parallel else 1
-    schema: JSONObject = {"type": "array", "minItems": 1, "maxItems": most, "items": {"anyOf": calls}}
-    return schema_grammar({**schema, **shared})
+    return schema_grammar({"type": "array", "minItems": 1, "maxItems": most, "items": {"anyOf": calls}, **shared})
 
 
 def conversation_text(

@@ -9,9 +9,12 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from lightning_llm.serving.server.http.responses import ErrorResponse
+from lightning_llm.serving.server.http.requests import JSONObject
+from lightning_llm.serving.server.http.responses import ChatCompletionChunk, ErrorResponse
 
-Responses = dict[int | str, dict[str, Any]]
+_ONLY_IN_EVENTS: tuple[type[BaseModel], ...] = (ChatCompletionChunk,)
+
+Responses = dict[int | str, JSONObject]
 
 _ERRORS = {
     400: "Something is wrong with the request; `param` names the field.",
@@ -20,18 +23,34 @@ _ERRORS = {
     408: "The body did not arrive in time.",
     413: "The body is too large.",
     415: "The body is not JSON.",
+    431: "The headers are too large.",
     429: "Too many requests or tokens of this client.",
     500: "The server failed.",
     503: "The server is not ready, full or about to end.",
-}
-STREAM: Responses = {200: {"description": "Events", "content": {"text/event-stream": {"schema": {"type": "string"}}}}}
-STREAM_OR: Responses = {
-    200: {"description": "The answer, or with `stream` its events", "content": STREAM[200]["content"]}
 }
 ERRORS: Responses = {
     status: {"description": text, "model": ErrorResponse, "content": {"application/json": {}}}
     for status, text in _ERRORS.items()
 }
+
+
+def events(model: type[BaseModel], description: str = "Events") -> Responses:
+    """An answer in server-sent events whose `data` is JSON of this form, or an error, and at last `[DONE]`."""
+    data: list[JSONObject] = [
+        {"type": "string", "contentMediaType": "application/json", "contentSchema": {"$ref": _place(form)}}
+        for form in (model, ErrorResponse)
+    ]
+    schema = {"type": "object", "properties": {"data": {"anyOf": [*data, {"const": "[DONE]"}]}}, "required": ["data"]}
+    return {200: {"description": description, "content": {"text/event-stream": {"schema": schema}}}}
+
+
+def events_or(model: type[BaseModel]) -> Responses:
+    """An answer as a whole, or with `stream` in such events."""
+    return events(model, "The answer, or with `stream` its events")
+
+
+def _place(model: type[BaseModel]) -> str:
+    return f"#/components/schemas/{model.__name__}"
 
 
 def as_json(body: BaseModel) -> Response:
@@ -48,8 +67,12 @@ def describe(app: FastAPI) -> None:
             for operations in schema["paths"].values():
                 for operation in operations.values():
                     operation["responses"].pop("422", None)
+            named = schema.setdefault("components", {}).setdefault("schemas", {})
+            for model in _ONLY_IN_EVENTS:
+                form = model.model_json_schema(ref_template="#/components/schemas/{model}")
+                named |= {**form.pop("$defs", {}), model.__name__: form}
             for name in ("HTTPValidationError", "ValidationError"):
-                schema.get("components", {}).get("schemas", {}).pop(name, None)
+                named.pop(name, None)
             app.openapi_schema = schema
         return app.openapi_schema
 

@@ -1,4 +1,4 @@
-"""What a body may be, whatever the route: so large, JSON, so deep, of finite numbers and of valid Unicode.
+"""What a request may be, whatever the route: so large, JSON, so deep, of finite numbers and of valid Unicode.
 
 It is read and checked as a whole before any route sees it, so none has to expect anything else.
 """
@@ -22,7 +22,7 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class BodyLimits:
-    """Refuses bodies that no route should see. The rest gets the body as one message."""
+    """Refuses what no route should see. The rest gets the body as one message."""
 
     def __init__(self, app: ASGIApp, settings: HTTPSettings) -> None:
         self.app = app
@@ -33,6 +33,7 @@ class BodyLimits:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         try:
+            self._check_headers(scope)
             body = await self._read(Headers(scope=scope), receive)
             if body is None:
                 return  # the client went away before it had said what it wants
@@ -45,6 +46,10 @@ class BodyLimits:
             return first.pop() if first else await receive()
 
         await self.app(scope, replay, send)
+
+    def _check_headers(self, scope: Scope) -> None:
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > self.settings.max_header_bytes:
+            raise APIError(431, f"The headers are larger than {self.settings.max_header_bytes} bytes.")
 
     async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
         most = self.settings.max_body_bytes

@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
@@ -113,11 +113,7 @@ class Service:
         self.settings = settings
         self.observer = observer
         self.started = int(time.time())
-
-    @property
-    def defaults(self) -> Mapping[str, Any]:
-        """Of `SamplingParams`."""
-        return self.settings.default_sampling_params
+        self._longest: int | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -145,6 +141,29 @@ class Service:
             name = model if len(model) <= 64 else model[:64] + "..."
             raise APIError(404, f"The model {name!r} does not exist.", param="model", code="model_not_found")
 
+    async def encode_prompt(self, text: str, param: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of what the model is to read. What cannot fit is not even looked at: that takes seconds.
+
+        Raises:
+            RequestError: It is too long, or nothing.
+        """
+        if len(text) > self.client.max_model_len * await self._longest_token():
+            raise RequestError(
+                f"The model's context is {self.client.max_model_len} tokens: {param} has {len(text)} characters.",
+                param=param,
+                code="context_length_exceeded",
+            )
+        return await self.encode(text, add_special_tokens=add_special_tokens)
+
+    async def _longest_token(self) -> int:
+        """Bytes, and so at least the characters, that one token may stand for."""
+        if self._longest is None:
+            spell = self.client.tokenizer.token_bytes
+            self._longest = await off_loop(
+                self.client.vocab_size, lambda: max(len(spell(token)) for token in range(self.client.vocab_size))
+            )
+        return self._longest
+
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; a long one does not hold up the others."""
         encode = self.client.tokenizer.encode
@@ -169,12 +188,15 @@ class Service:
             prompts = given  # type: ignore[assignment]
         if not 1 <= len(prompts) <= self.settings.max_inputs:
             raise RequestError(f"{param} has {len(prompts)} texts: send 1 to {self.settings.max_inputs}.", param=param)
-        encoded = [
-            await self.encode(one, add_special_tokens=add_special_tokens) if isinstance(one, str) else list(one)
-            for one in prompts
-        ]
-        for place, ids in enumerate(encoded):
-            self.check_prompt(ids, param if isinstance(given, str) or len(encoded) == 1 else f"{param}[{place}]")
+        encoded = []
+        for place, one in enumerate(prompts):
+            where = param if one is given or len(prompts) == 1 else f"{param}[{place}]"
+            if isinstance(one, str):
+                ids = await self.encode_prompt(one, where, add_special_tokens=add_special_tokens)
+            else:
+                ids = list(one)
+            self.check_prompt(ids, where)
+            encoded.append(ids)
         return encoded
 
     def check_prompt(self, ids: Sequence[int], param: str) -> None:
@@ -184,11 +206,10 @@ class Service:
         self.check_ids(ids, param)
 
     def check_ids(self, ids: Sequence[int], param: str) -> None:
-        """Refuses token ids that the tokenizer does not have."""
-        if (largest := max(ids, default=0)) >= self.client.tokenizer.vocab_size:
+        """Refuses token ids that the model does not have."""
+        if (largest := max(ids, default=0)) >= self.client.vocab_size:
             raise RequestError(
-                f"{param}: token id {largest} is not in the vocabulary of {self.client.tokenizer.vocab_size}.",
-                param=param,
+                f"{param}: token id {largest} is not in the vocabulary of {self.client.vocab_size}.", param=param
             )
 
     def job(

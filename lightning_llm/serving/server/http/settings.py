@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from lightning_llm.errors import ConfigurationError
 
@@ -21,6 +20,8 @@ class HTTPSettings:
 
     max_body_bytes: int = 4 << 20
     """Of a request; more is refused with 413."""
+    max_header_bytes: int = 16 << 10
+    """Of names and values of a request's headers; more is refused with 431."""
     max_json_depth: int = 64
     """Objects and arrays within each other, in a request."""
     body_timeout: float = 30.0
@@ -36,10 +37,7 @@ class HTTPSettings:
     tool_parser: ToolParserName = "auto"
     """How the model writes calls of tools; "auto": as its chat template does."""
 
-    default_sampling_params: Mapping[str, Any] = field(default_factory=dict)
-    """Of `SamplingParams`, where a request leaves them out: what the model's makers say."""
-
     def __post_init__(self) -> None:
-        for name in ("max_body_bytes", "max_json_depth", "body_timeout", "ping_interval", "max_inputs", "retry_after"):
-            if not getattr(self, name) > 0:
-                raise ConfigurationError(f"{name} must be above 0, not {getattr(self, name)}.")
+        for name, value in vars(self).items():
+            if not isinstance(value, str) and not value > 0:
+                raise ConfigurationError(f"{name} must be above 0, not {value}.")

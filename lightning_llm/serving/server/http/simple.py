@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from lightning_llm.serving.server.http.documentation import STREAM, as_json
+from lightning_llm.serving.server.http.documentation import as_json, events
 from lightning_llm.serving.server.http.errors import request_id_of
 from lightning_llm.serving.server.http.params import generate_params
 from lightning_llm.serving.server.http.requests import GenerateRequest
@@ -23,7 +23,7 @@ def simple_routes(service: Service) -> APIRouter:
 
     async def prepare(body: GenerateRequest, request: Request) -> Job:
         service.admit(body.model)
-        params = generate_params(body, service.defaults)
+        params = generate_params(body, service.client.default_sampling_params)
         prompts = await service.encode_all([body.prompt], "prompt", add_special_tokens=body.add_special_tokens)  # type: ignore[arg-type]
         return service.job(request, body, "gen", prompts, params)
 
@@ -40,7 +40,7 @@ def simple_routes(service: Service) -> APIRouter:
         )
         return as_json(answer)
 
-    @router.post("/generate_stream", responses=STREAM, response_class=Response)
+    @router.post("/generate_stream", responses=events(GenerateResponse), response_class=Response)
     async def generate_stream(body: GenerateRequest, request: Request) -> Response:
         """Continues a text, piece by piece."""
         return service.stream(pieces(await prepare(body, request)), request_id_of(request))

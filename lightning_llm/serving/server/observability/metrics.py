@@ -79,11 +79,10 @@ class ServerMetrics:
     Args:
         model_name: The model as served; a label of everything.
         max_model_len: Longest sequence in tokens, to which buckets go.
-        num_engines: Workers; each is there from the beginning, with zeros.
         vllm_names: Expose everything under `vllm:` as well.
     """
 
-    def __init__(self, model_name: str, *, max_model_len: int, num_engines: int = 1, vllm_names: bool = False) -> None:
+    def __init__(self, model_name: str, *, max_model_len: int, vllm_names: bool = False) -> None:
         self.model_name = model_name
         self.registry = CollectorRegistry()
         self._prefixes = (PREFIX, VLLM_PREFIX) if vllm_names else (PREFIX,)
@@ -132,24 +131,23 @@ class ServerMetrics:
             buckets=TIME_TO_FIRST_TOKEN,
             registry=self.registry,
         )
-        self._of_engine = {index: self._observe_engine(index) for index in range(num_engines)}
+        self._measures: dict[int, EngineMeasures] = {}
 
-    def _observe_engine(self, index: int) -> _EngineMeasures:
-        labels = (self.model_name, str(index))
-        return _EngineMeasures(
-            {name: histogram.labels(*labels) for name, histogram in self._histograms.items()},
-            self._cached.labels(*labels),
-        )
-
-    def observe(self, record: RequestRecord) -> RequestObserver:
-        """Watches a request of a worker, whose updates are then to be shown to what this returns."""
-        if record.engine not in self._of_engine:
-            self._of_engine[record.engine] = self._observe_engine(record.engine)
-        return RequestObserver(record, self._of_engine[record.engine])
+    def measures(self, engine: int) -> EngineMeasures:
+        """Where the requests of a worker are measured."""
+        if engine not in self._measures:
+            labels = (self.model_name, str(engine))
+            self._measures[engine] = EngineMeasures(
+                {name: histogram.labels(*labels) for name, histogram in self._histograms.items()},
+                self._cached.labels(*labels),
+            )
+        return self._measures[engine]
 
     def set_engines(self, stats: Mapping[int, EngineStats]) -> None:
         """Takes in how the workers stand; of one that is missing only the counters are exposed, as they last were."""
         self._engines.set(stats)
+        for engine in stats:
+            self.measures(engine)  # from its first scrape on there are zeros, from which rates can be told
 
     def count_response(self, response: ResponseRecord) -> None:
         """Counts an HTTP response."""
@@ -167,7 +165,7 @@ class ServerMetrics:
         return encode(exposition), content_type
 
 
-class _EngineMeasures:
+class EngineMeasures:
     """Where the requests of one worker are measured: histograms with their labels filled in."""
 
     def __init__(self, histograms: Mapping[str, Histogram], cached: Counter) -> None:
@@ -205,16 +203,17 @@ class RequestObserver:
     """Watches one request in the API process; a few microseconds per update.
 
     Args:
+        metrics: Where it is measured.
         record: What is known of it; the observer keeps it up to date.
-        measures: Those of its worker.
         clock: Seconds.
     """
 
     def __init__(
-        self, record: RequestRecord, measures: _EngineMeasures, clock: Callable[[], float] = time.monotonic
+        self, metrics: ServerMetrics, record: RequestRecord, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.record = record
-        self._measures = measures
+        self._metrics = metrics
+        self._measures: EngineMeasures | None = None  # which worker has it is known from its first update
         self._clock = clock
         self._last: dict[int, float] = {}
         self._finished = False
@@ -222,21 +221,24 @@ class RequestObserver:
     def on_update(self, update: Update) -> None:
         """What a step brought."""
         record = self.record
+        if (measures := self._measures) is None:
+            record.engine = update.worker
+            measures = self._measures = self._metrics.measures(update.worker)
         if update.token_ids:
             now = self._clock()
             last = self._last.get(update.index)
             if last is not None:
-                self._measures.inter_token_latency(now - last)
+                measures.inter_token_latency(now - last)
             elif record.first_token is None:
                 record.first_token = now
-                self._measures.time_to_first_token(now - record.arrival)
+                measures.time_to_first_token(now - record.arrival)
             self._last[update.index] = now
             record.completion_tokens += len(update.token_ids)
         if update.finish_reason is not None:
             record.finish_reasons.append(update.finish_reason)
             record.error = update.error or record.error
             if update.usage is not None:
-                self._measures.answer(update.usage, first=not record.usages)
+                measures.answer(update.usage, first=not record.usages)
                 record.usages.append(update.usage)
                 record.cached_tokens = update.usage.cached_tokens
 
@@ -244,7 +246,8 @@ class RequestObserver:
         """The request is over, whether answered, failed or given up by its client. Later calls do nothing."""
         if not self._finished:
             self._finished = True
-            self._measures.request(self.record, self._clock() - self.record.arrival)
+            measures = self._measures or self._metrics.measures(self.record.engine)
+            measures.request(self.record, self._clock() - self.record.arrival)
 
 
 class _Totals:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import cached_property
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.requests import Request
@@ -27,48 +30,49 @@ CLIENT_CLOSED_REQUEST = 499  # nginx's word for a client that did not wait for a
 _SCOPE = "lightning_llm.seen"
 
 
-class StatsSource(Protocol):
-    """Who knows how the workers stand."""
-
-    async def stats(self) -> Sequence[EngineStats | None]:
-        """Of each worker, by its index; None of one that does not answer."""
-
-
 class Observability:
     """What an API process shows of itself.
 
-        observability = Observability(metrics, client, tracer=make_tracer())
+        observability = Observability(client, tracer=make_tracer())
         attach(app, client, settings, observer=observability)
         observability.attach(app)
 
     Args:
-        metrics: Where requests are counted.
         client: The engines.
+        vllm_names: Expose all metrics under `vllm:` as well.
         tracer: Where spans go; None: nowhere.
         log_prompts: Put prompts in the log.
     """
 
     def __init__(
         self,
-        metrics: ServerMetrics,
         client: EngineClient,
         *,
+        vllm_names: bool = False,
         tracer: RequestTracer | None = None,
         log_prompts: bool = False,
     ) -> None:
-        self.metrics = metrics
         self.client = client
+        self.vllm_names = vllm_names
         self.tracer = tracer
         self.log_prompts = log_prompts
+
+    @cached_property
+    def metrics(self) -> ServerMetrics:
+        """Where requests are counted, in this process: the model's name is known when a worker has loaded it."""
+        client = self.client
+        return ServerMetrics(client.model_name, max_model_len=client.max_model_len, vllm_names=self.vllm_names)
 
     def attach(self, app: FastAPI) -> None:
         """Adds `GET /metrics`, and the middleware: as the last one that is added, it is around the others."""
 
         @app.get("/metrics", include_in_schema=False)
         async def show_metrics(request: Request) -> Response:
-            return await self.scrape(self.client, request.headers.get("accept", ""))
+            return await self.scrape(request.headers.get("accept", ""))
 
         app.add_middleware(ObservabilityMiddleware, observability=self)
+        if self.tracer is not None:
+            _at_end(app, self.tracer.shutdown)
 
     def __call__(self, job: Job, place: int) -> Callable[[Update], None]:
         """A prompt goes to the engine: what this returns is to be shown what comes of it."""
@@ -83,18 +87,19 @@ class Observability:
             arrival=seen.began,
             prompt_tokens=len(prompt),
         )
-        observer = self.metrics.observe(record)
+        observer = RequestObserver(self.metrics, record)
         seen.observers.append(observer)
         return observer.on_update
 
-    async def scrape(self, source: StatsSource, accept: str = "") -> Response:
+    async def scrape(self, accept: str = "") -> Response:
         """What a scraper gets."""
+        stats: Mapping[int, EngineStats]
         try:
-            stats = await source.stats()
+            stats = await self.client.stats()
         except Exception:  # metrics matter most when something does not work
             log.exception("The workers did not say how they stand")
-            stats = []
-        self.metrics.set_engines({index: one for index, one in enumerate(stats) if one is not None})
+            stats = {}
+        self.metrics.set_engines(stats)
         content, content_type = self.metrics.render(accept)
         return Response(content, headers={"content-type": content_type})
 
@@ -107,6 +112,19 @@ class Observability:
         if request is not None and self.tracer is not None:
             self.tracer.record(request, response)
         log_request(response, request)
+
+
+def _at_end(app: FastAPI, work: Callable[[], None]) -> None:
+    """Does some work when the app ends."""
+    lifespan = app.router.lifespan_context
+
+    @asynccontextmanager
+    async def with_work(app: FastAPI) -> AsyncIterator[Any]:
+        async with lifespan(app) as state:
+            yield state
+        await asyncio.to_thread(work)
+
+    app.router.lifespan_context = with_work  # type: ignore[assignment]
 
 
 def _operation(job: Job) -> Operation:

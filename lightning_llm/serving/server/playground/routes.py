@@ -8,7 +8,7 @@ import hashlib
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any, Protocol
 
@@ -37,16 +37,15 @@ class Engines(Protocol):
     def tokenizer(self) -> Any:
         """The model's; one without a `chat_template` completes texts only."""
 
-    async def stats(self) -> Sequence[EngineStats | None]:
-        """Of each worker, by its index; None of one that does not answer."""
+    async def stats(self) -> Mapping[int, EngineStats]:
+        """Of each worker that answers."""
 
-    async def block_states(self) -> Sequence[bytes | None]:
-        """`BlockPool.states()` of each worker."""
+    async def blocks(self) -> Mapping[int, bytes]:
+        """`BlockPool.states()` of each worker that answers."""
 
 
 def attach_playground(app: FastAPI, client: Engines) -> None:
-    """Serves the page at `/`, instead of whatever was there, and the state of the workers for it."""
-    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) != PAGE_PATH]
+    """Serves the page at `/`, and the state of the workers for it."""
     page = files(__package__).joinpath("index.html").read_text(encoding="utf-8")
     headers = {
         "content-security-policy": content_security_policy(page),
@@ -106,22 +105,21 @@ class _State:
 
     async def _ask(self) -> dict[str, Any]:
         client = self._client
-        stats, maps = await asyncio.gather(client.stats(), client.block_states())
+        stats, maps = await asyncio.gather(client.stats(), client.blocks())
         return {
             "model": client.model_name,
             "max_model_len": client.max_model_len,
             "chat": getattr(client.tokenizer, "chat_template", None) is not None,
             "time": time.monotonic(),
-            "workers": [_worker(one, states) for one, states in zip(stats, maps, strict=True)],
+            "workers": [_worker(worker, stats[worker], maps[worker]) for worker in sorted(stats.keys() & maps.keys())],
         }
 
 
-def _worker(stats: EngineStats | None, states: bytes | None) -> dict[str, Any] | None:
-    if stats is None or states is None:
-        return None
+def _worker(worker: int, stats: EngineStats, states: bytes) -> dict[str, Any]:
     cells, blocks_per_cell = block_map(states)
     count = Counter(states)
     return {
+        "id": worker,
         "running": stats.num_requests_running,
         "waiting": stats.num_requests_waiting,
         "swapped": stats.num_requests_swapped,

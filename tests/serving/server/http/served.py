@@ -19,7 +19,8 @@ from lightning_llm.serving.engine.engine import Engine
 from lightning_llm.serving.engine.outputs import EngineStats, Update
 from lightning_llm.serving.engine.params import SamplingParams
 from lightning_llm.serving.errors import EngineDiedError
-from lightning_llm.serving.server.http import HTTPSettings, attach
+from lightning_llm.serving.server.http import HTTPSettings, Observer, attach
+from lightning_llm.serving.server.http.bounded import BoundedHTTP
 from lightning_llm.serving.tokenizer import ModelTokenizer
 from tests.serving.engine.models import make_decoder, make_engine, tokenizer
 
@@ -31,7 +32,8 @@ class LocalClient:
     """An `EngineClient` of an engine in the same event loop, which it moves on by one step at a time.
 
     Attributes:
-        cancelled: Requests that were given up before their end.
+        arrived: Requests that came.
+        cancelled: Those that were given up before their end.
         waiting: Whether requests are left waiting instead, as if each step took for ever.
     """
 
@@ -43,9 +45,15 @@ class LocalClient:
         self.ready = True
         self.draining = False
         self.waiting = False
+        self.default_sampling_params: dict[str, object] = {}
+        self.arrived: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.cancelled: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._inboxes: dict[str, asyncio.Queue[Update | Exception]] = {}
         self._stepping = False
+
+    @property
+    def vocab_size(self) -> int:
+        return self.engine.vocab_size
 
     @property
     def max_model_len(self) -> int:
@@ -58,6 +66,7 @@ class LocalClient:
             raise EngineDiedError("gone")
         self.engine.add(request_id, prompt_ids, params, **fields)
         inbox = self._inboxes[request_id] = asyncio.Queue()
+        self.arrived.put(request_id)
         self.wake()
         left = 1 if fields.get("pooling") else params.n
         try:
@@ -98,7 +107,8 @@ class LocalClient:
 def make_client(template: str | None = "chatml.jinja", **settings) -> LocalClient:
     decoder = make_decoder("llama", torch.float32, max_position_embeddings=1024)
     sizes = {"kv_cache_blocks": 256, "block_size": 16, "max_num_seqs": 16, "max_num_batched_tokens": 512}
-    chat = None if template is None else ChatTemplate((TEMPLATES / template).read_text())
+    text = (TEMPLATES / template).read_text() if template and template.endswith(".jinja") else template
+    chat = None if text is None else ChatTemplate(text)
     return LocalClient(make_engine(decoder, **(sizes | settings)), ModelTokenizer(tokenizer(), chat_template=chat))
 
 
@@ -131,11 +141,13 @@ class Server:
 
 
 @contextmanager
-def serve(client: LocalClient, settings: HTTPSettings | None = None) -> Iterator[Server]:
+def serve(
+    client: LocalClient, settings: HTTPSettings | None = None, *, observer: Observer | None = None
+) -> Iterator[Server]:
     """A running server."""
     app = FastAPI()
-    attach(app, client, settings)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+    attach(app, client, settings, observer=observer)
+    server = uvicorn.Server(uvicorn.Config(app, http=BoundedHTTP, log_level="warning", lifespan="off"))
     listener = socket.create_server(("127.0.0.1", 0))
     started: queue.SimpleQueue[asyncio.AbstractEventLoop] = queue.SimpleQueue()
 

@@ -6,12 +6,15 @@ import base64
 import json
 import math
 import struct
+from collections.abc import Callable
 
 import httpx
 import openai
 import pytest
 
-from tests.serving.server.http.served import MODEL, Server
+from lightning_llm.serving.engine.outputs import Update
+from lightning_llm.serving.server.http import Job
+from tests.serving.server.http.served import MODEL, Server, make_client, serve
 
 
 def test_prompts_come_in_four_forms(client: openai.OpenAI, server: Server) -> None:
@@ -159,6 +162,31 @@ def test_tokens_and_back(http: httpx.Client, server: Server) -> None:
     assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert http.post("/detokenize", json={"tokens": [300]}).status_code == 400
     assert http.post("/tokenize", json={}).json()["error"]["param"] == "prompt"
+
+
+def test_prefixes_are_shared_within_a_salt_only(http: httpx.Client) -> None:
+    def cached(**salt: str) -> int:
+        body = {"prompt": "the quick brown fox jumps over the lazy dog " * 3, "max_tokens": 1, **salt}
+        return http.post("/v1/completions", json=body).json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    assert cached(cache_salt="one") == 0 < cached(cache_salt="one")
+    assert cached(cache_salt="two") == 0
+
+
+def test_the_models_defaults_and_who_watches() -> None:
+    seen: dict[tuple[str, int], list[int]] = {}
+
+    def observe(job: Job, place: int) -> Callable[[Update], None]:
+        tokens = seen.setdefault((job.request.url.path, place), [])
+        assert job.params.temperature == 0 and job.stream and job.request.state.request_id == "watched"
+        return lambda update: tokens.extend(update.token_ids)
+
+    client = make_client()
+    client.default_sampling_params = {"temperature": 0, "seed": 1}
+    with serve(client, observer=observe) as server:
+        body = {"prompt": ["a", "b"], "max_tokens": 3, "stream": True}
+        httpx.post(f"{server.url}/v1/completions", json=body, headers={"X-Request-Id": "watched"})
+    assert {key: len(tokens) for key, tokens in seen.items()} == {("/v1/completions", n): 3 for n in range(2)}
 
 
 def test_what_is_served(client: openai.OpenAI, http: httpx.Client) -> None:

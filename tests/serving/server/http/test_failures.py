@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 from collections.abc import Iterator
 
 import httpx
@@ -23,6 +24,17 @@ def own() -> Iterator[Server]:
     """A server that a test may break."""
     with serve(make_client(), HTTPSettings(ping_interval=0.05)) as running:
         yield running
+
+
+def post(server: Server, path: str, body: dict) -> socket.socket:
+    """A connection on which a request was sent, and nothing is read."""
+    content = json.dumps(body).encode()
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    )
+    connection.sendall(head.encode() + content)
+    return connection
 
 
 def all_blocks_are_free(server: Server) -> bool:
@@ -54,13 +66,13 @@ def test_leaving_a_stream_cancels_it(own: Server, path: str, body: dict, request
         ("/v1/completions", {"prompt": ["a", "b", "c"], **LONG}, 3),
         ("/v1/embeddings", {"input": ["a", "b"]}, 2),
         ("/generate", {"prompt": "a", **LONG}, 1),
-        ("/v1/chat/completions", {**CHAT, "stream": True}, 1),
     ],
 )
 def test_leaving_before_the_answer_cancels_it(own: Server, path: str, body: dict, requests: int) -> None:
     own.client.waiting = True
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(own.url + path, json=body, timeout=httpx.Timeout(30, read=0.3))
+    with post(own, path, body):
+        for _ in range(requests):
+            own.client.arrived.get(timeout=10)
     for _ in range(requests):
         own.client.cancelled.get(timeout=10)
     own.call(lambda: None)
@@ -92,6 +104,15 @@ def test_a_stream_with_nothing_to_say_is_kept_open(own: Server) -> None:
         own.call(own.client.wake)
         rest = [line for line in lines if line and line != ": ping"]
     assert rest[-1] == "data: [DONE]" and json.loads(rest[-2].removeprefix("data: "))["finish_reason"] == "length"
+
+
+def test_leaving_a_stream_before_its_first_event_cancels_it(own: Server) -> None:
+    own.client.waiting = True
+    with httpx.stream("POST", f"{own.url}/v1/chat/completions", json={**CHAT, "stream": True}, timeout=30) as answer:
+        assert next(answer.iter_lines()) == ": ping"
+    own.client.cancelled.get(timeout=10)
+    own.call(lambda: None)
+    assert all_blocks_are_free(own)
 
 
 def break_model(server: Server) -> None:

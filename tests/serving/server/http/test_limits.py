@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from lightning_llm.errors import ConfigurationError
-from lightning_llm.serving.server.http import HTTPSettings
+from lightning_llm.serving.server.http import HTTPSettings, bounded
 from tests.serving.server.http.served import Server, make_client, serve
 
 ROUTES = ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/generate", "/tokenize", "/detokenize"]
@@ -105,12 +105,30 @@ def test_slow_bodies_are_given_up() -> None:
             assert connection.recv(4096).startswith(b"HTTP/1.1 408")
 
 
-def test_large_headers_are_refused(server: Server) -> None:
+def test_large_headers_are_refused(http: httpx.Client) -> None:
+    assert http.get("/livez", headers={"X-Large": "x" * 15_000}).status_code == 200
+    assert http.get("/livez", headers={"X-Large": "x" * 17_000}).status_code == 431
+
+
+def test_headers_without_end_are_cut_off(server: Server) -> None:
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
-        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\nX-Large: " + b"x" * (1 << 20) + b"\r\n\r\n")
-        received = connection.recv(4096)
-    assert received.startswith(b"HTTP/1.1 4") or received == b""
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\nX-Large: ")
+        with pytest.raises(ConnectionError):
+            for _ in range(1000):
+                connection.sendall(b"x" * (1 << 16))
     assert httpx.get(f"{server.url}/livez").status_code == 200
+
+
+def test_who_never_says_what_it_wants_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded, "HEAD_TIMEOUT", 0.2)
+    with serve(make_client()) as server:
+        for said in (b"", b"GET /livez HTTP/1.1\r\nHost: x\r\n", b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\nGET"):
+            with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+                connection.sendall(said)
+                received = b""
+                while part := connection.recv(4096):
+                    received += part
+            assert received.startswith(b"HTTP/1.1 200") == said.endswith(b"GET")
 
 
 def test_unknown_paths_and_methods(http: httpx.Client) -> None:

@@ -99,6 +99,15 @@ def test_arguments_are_passed_on_as_they_come() -> None:
     assert [each.arguments for each in parser.push('is"}, ')] == ['is"}']
 
 
+MISTRAL_TEMPLATE = """{% for message in messages %}{% if message.role == 'user' %}\
+{% if loop.first and tools %}[AVAILABLE_TOOLS] {{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}\
+[INST] {{ message.content }}[/INST]{% elif message.tool_calls is defined %}\
+[TOOL_CALLS] [{% for call in message.tool_calls %}\
+{% if call.id | length != 9 %}{{ raise_exception('ids have 9 letters') }}{% endif %}\
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}, "id": "{{ call.id }}"}\
+{{ "" if loop.last else ", " }}{% endfor %}]</s>{% elif message.role == 'tool' %}\
+[TOOL_RESULTS] {"content": {{ message.content | tojson }}, "call_id": "{{ message.tool_call_id }}"}[/TOOL_RESULTS]\
+{% else %} {{ message.content }}</s>{% endif %}{% endfor %}"""
 WEATHER = {
     "type": "function",
     "function": {
@@ -170,7 +179,7 @@ def test_choices_that_cannot_be(client: openai.OpenAI, asked: dict) -> None:
         ("chatml.jinja", HERMES, False),
         ("qwen3.jinja", HERMES, True),
         ("llama3.jinja", LLAMA, True),
-        ("mistral.jinja", MISTRAL, True),
+        (MISTRAL_TEMPLATE, MISTRAL, True),
     ],
 )
 def test_the_template_tells_how_calls_are_written(template: str, form: ToolFormat, in_template: bool) -> None:

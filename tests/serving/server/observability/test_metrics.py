@@ -174,9 +174,7 @@ class Clock:
 
 
 def watch(metrics: ServerMetrics, record: RequestRecord, clock: Clock) -> RequestObserver:
-    observer = metrics.observe(record)
-    observer._clock = clock
-    return observer
+    return RequestObserver(metrics, record, clock)
 
 
 def test_what_a_client_feels_is_measured():
@@ -224,9 +222,10 @@ def test_a_request_that_its_client_gave_up_has_no_latency():
 
 
 def test_an_embedding_is_measured_without_tokens():
-    metrics = make_metrics(num_engines=1)
-    observer = metrics.observe(RequestRecord(request_id="e", model="tiny", operation="embeddings", engine=3))
-    observer.on_update(Update("e", finish_reason="stop", usage=usage(completion_tokens=0), embedding=[1.0]))
+    metrics = make_metrics()
+    observer = RequestObserver(metrics, RequestRecord(request_id="e", model="tiny", operation="embeddings"))
+    usage_of = usage(completion_tokens=0)
+    observer.on_update(Update("e", finish_reason="stop", usage=usage_of, embedding=[1.0], worker=3))
     observer.on_finish()
     found = samples(metrics)
     assert found["lightning_llm:e2e_request_latency_seconds_count", "3"] == 1
