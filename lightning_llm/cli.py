@@ -260,6 +260,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
 # name -> what it is for, and the room whose commands.py has `main(arguments) -> exit code`
 GROUPS = {
     "registry": ("Keep versions of models: list, register, promote, pull.", "lightning_llm.registry"),
+    "bench": ("Put load on a server and measure it: serve.", "lightning_llm.serving.bench"),
     "serve": ("Serve a model behind an OpenAI-compatible endpoint.", "lightning_llm.serving"),
 }
 
