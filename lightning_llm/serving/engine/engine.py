@@ -20,9 +20,9 @@ from lightning_llm.serving.engine.config import EngineConfig
 from lightning_llm.serving.engine.costs import PreemptionCosts
 from lightning_llm.serving.engine.grammar import GrammarCompiler, GrammarMatcher
 from lightning_llm.serving.engine.kv_cache import KVCache
-from lightning_llm.serving.engine.outputs import EngineStats, TokenLogprob, Update, Usage
+from lightning_llm.serving.engine.outputs import EngineStats, FinishReason, TokenLogprob, Update, Usage
 from lightning_llm.serving.engine.params import SamplingParams
-from lightning_llm.serving.engine.request import FinishReason, Request
+from lightning_llm.serving.engine.request import Request
 from lightning_llm.serving.engine.runner import Runner
 from lightning_llm.serving.engine.sampler import Sampled, Sampler
 from lightning_llm.serving.engine.sampling_state import SamplingState
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 Pooling = Literal["mean", "last"]
 
 _LOGITS_ROWS = 256  # of a prompt at a time: all at once would dwarf the model
+_NAP = 0.005  # seconds; who steps the engine has others to listen to while a batch waits to be filled
 _LARGE_STEP = 64  # tokens; a step of so many is bound by computing
 
 
@@ -178,8 +179,9 @@ class Engine:
         plan = self.scheduler.schedule(time.monotonic())
         self._move_blocks(plan)
         if not plan.tokens:
-            time.sleep(self.scheduler.seconds_to_batch(time.monotonic()))
+            time.sleep(min(self.scheduler.seconds_to_batch(time.monotonic()), _NAP))
             return []
+        began = time.monotonic()
         states, updates = self._forward(plan)
         self._step_tokens += plan.num_tokens
         self._step_sizes[(plan.num_tokens - 1).bit_length()] += 1
@@ -199,7 +201,10 @@ class Engine:
         if asked:
             logits = self.runner.logits(torch.stack(rows))
             sampled = self._sampler.sample(logits, [request.sampling for request in asked])
-            updates += [self._accept(request, one) for request, one in zip(asked, sampled, strict=True)]
+            for request, one in zip(asked, sampled, strict=True):
+                updates += self._accept(request, one)
+            if plan.num_tokens >= _LARGE_STEP:  # a GPU has caught up by now: the tokens were read from it
+                self.costs.saw_forward(plan.num_tokens, time.monotonic() - began)
         return updates
 
     def stats(self) -> EngineStats:
@@ -232,6 +237,8 @@ class Engine:
         self.cache.swap_in(plan.swap_in)
         moved = len(plan.swap_out) + len(plan.swap_in)
         if moved:
+            if self.cache.device.type == "cuda":
+                torch.cuda.synchronize(self.cache.device)
             self.costs.saw_copy(moved, time.monotonic() - began)
         self.cache.copy(plan.copies)
 
@@ -245,14 +252,11 @@ class Engine:
             )
             for request, tokens in plan.tokens.items()
         }
-        began = time.monotonic()
         try:
             hidden = self.runner.forward(list(pieces.values()))
         except Exception:
             log.exception("A step of %d requests failed; computing them one by one", len(pieces))
             return self._forward_one_by_one(pieces)
-        if plan.num_tokens >= _LARGE_STEP:
-            self.costs.saw_forward(plan.num_tokens, time.monotonic() - began)
         return dict(zip(pieces, hidden.split(list(plan.tokens.values())), strict=True)), []
 
     def _forward_one_by_one(self, pieces: dict[Request, Piece]) -> tuple[dict[Request, Tensor], list[Update]]:
@@ -264,8 +268,8 @@ class Engine:
                 states[request] = self.runner.forward([piece])
             except Exception as error:
                 cause = error
-                updates.append(self._fail(request, "The model could not compute this request."))
-        if len(updates) == len(pieces) > 1:
+                updates += self._fail(request, "The model could not compute this request.")
+        if not states and len(pieces) > 1:
             raise RuntimeError(f"No request of a step of {len(pieces)} could be computed") from cause
         return states, updates
 
@@ -298,7 +302,7 @@ class Engine:
         self._live[request.request_id] += children
         return children
 
-    def _accept(self, request: Request, sampled: Sampled) -> Update:
+    def _accept(self, request: Request, sampled: Sampled) -> list[Update]:
         """Takes a new token into an answer."""
         if sampled.error is not None:
             return self._fail(request, sampled.error)
@@ -325,7 +329,7 @@ class Engine:
             reason = "stop" if update.stop_reason is not None or complete else None
         if reason is None and (request.num_output >= request.max_output or request.num_tokens >= self.max_model_len):
             reason = "length"
-        return update if reason is None else self._finish(request, update, reason)
+        return [update if reason is None else self._finish(request, update, reason)]
 
     def _end_by_token(self, request: Request, token: int, update: Update) -> FinishReason | None:
         if token in request.params.stop_token_ids:
@@ -368,8 +372,13 @@ class Engine:
         )
         request.text = TextStream(self.tokenizer, request.params, prompt)
 
-    def _fail(self, request: Request, error: str) -> Update:
-        return self._finish(request, Update(request.request_id, request.index, error=error), "error")
+    def _fail(self, request: Request, error: str) -> list[Update]:
+        """Ends an answer, and those that were to branch off from it."""
+        others = [Update(request.request_id, index + 1, error=error) for index in range(request.forks)]
+        failed = self._finish(request, Update(request.request_id, request.index, error=error), "error")
+        for other in others:
+            other.finish_reason, other.usage = failed.finish_reason, failed.usage
+        return [failed, *others]
 
     def _finish(self, request: Request, update: Update, reason: FinishReason) -> Update:
         """Ends an answer, and gives its blocks back."""

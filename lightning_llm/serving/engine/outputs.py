@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
-from lightning_llm.serving.engine.request import FinishReason
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(slots=True)

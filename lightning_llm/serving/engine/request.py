@@ -6,13 +6,14 @@ import enum
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
+from lightning_llm.serving.engine.outputs import TokenLogprob
 from lightning_llm.serving.engine.params import SamplingParams
-
-FinishReason = Literal["stop", "length", "abort", "error"]
+from lightning_llm.serving.engine.sampling_state import SamplingState
+from lightning_llm.serving.engine.text import TextStream
 
 
 class Status(enum.Enum):
@@ -75,11 +76,11 @@ class Request:
     num_left: int = 0
     num_cached: int = 0
     num_preemptions: int = 0
-    # What sampling and text need of it; the engine gives it these.
-    sampling: Any = None
-    text: Any = None
+    # How its tokens are chosen and become text; a request for a vector has neither.
+    sampling: SamplingState = None  # type: ignore[assignment]
+    text: TextStream = None  # type: ignore[assignment]
     pooled: Tensor | None = None
-    prompt_logprobs: list[Any] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     # Times of the monotonic clock, in seconds.
     first_scheduled: float | None = None
     first_token: float | None = None

@@ -319,3 +319,15 @@ def test_usage_tells_tokens_and_times(llama):
     assert second.cached_tokens == (len(prompt) - 1) // 4 * 4
     assert first.queued >= 0 and first.prefill > 0 and first.decode > 0
     assert engine.stats().requests_finished == {"length": 2}
+
+
+def test_answers_that_were_to_branch_off_fail_with_the_first(llama):
+    """A request that cannot be computed is one that the runner refuses: a piece beyond the model's rotary length."""
+    dynamic = make_decoder("llama", rope_scaling={"rope_type": "dynamic", "factor": 2.0})
+    engine = make_engine(dynamic)
+    engine.max_model_len = 200  # as if it had been let in
+    engine.add("long", [1] * 140, greedy(2, n=3))
+    engine.add("good", [1, 2, 3], greedy(4))
+    answers = Answers().finish(engine)
+    assert {answers["long", index].finish_reason for index in range(3)} == {"error"}
+    assert answers["good", 0].token_ids == plain_greedy(dynamic, [1, 2, 3], 4)
