@@ -1,20 +1,32 @@
-"""Train large language models in every parallel dimension with PyTorch Lightning.
+"""Train large language models in every parallel dimension with PyTorch Lightning, and serve the result.
 
 Importing this package registers the strategy `"llm3d"` and its presets with Lightning.
 """
 
-from lightning_llm import _environment  # noqa: F401, I001  it explains what would break the imports below
+from __future__ import annotations
 
-from lightning.pytorch.strategies import StrategyRegistry
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
+from lightning_llm._lightning_import import register_with_lightning
 from lightning_llm._version import __version__
-from lightning_llm.data.module import TokenDataModule
-from lightning_llm.errors import ConfigurationError
-from lightning_llm.models.config import DecoderConfig
-from lightning_llm.models.decoder import Decoder
-from lightning_llm.models.module import LLMModule
-from lightning_llm.strategies.llm3d import LLM3DStrategy
-from lightning_llm.strategies.presets import register_presets
+
+if TYPE_CHECKING:
+    from lightning_llm.data.module import TokenDataModule
+    from lightning_llm.errors import ConfigurationError
+    from lightning_llm.models.config import DecoderConfig
+    from lightning_llm.models.decoder import Decoder
+    from lightning_llm.models.module import LLMModule
+    from lightning_llm.strategies.llm3d import LLM3DStrategy
+
+_HOMES = {
+    "ConfigurationError": "errors",
+    "Decoder": "models.decoder",
+    "DecoderConfig": "models.config",
+    "LLM3DStrategy": "strategies.llm3d",
+    "LLMModule": "models.module",
+    "TokenDataModule": "data.module",
+}
 
 __all__ = [
     "ConfigurationError",
@@ -26,4 +38,16 @@ __all__ = [
     "__version__",
 ]
 
-register_presets(StrategyRegistry)
+
+def __getattr__(name: str) -> Any:
+    """Public names, imported when they are used: torch and Lightning take seconds, and not everybody needs them."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+register_with_lightning()

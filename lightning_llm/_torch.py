@@ -2,9 +2,12 @@
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.distributed.checkpoint.state_dict import _get_fqns
 
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# torch.compiler.disable, which imports the compiler at once; this does when the function is called.
+untraced = _disable_dynamo
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 

@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
-import lightning
 import torch
 
-from lightning_llm._version import __version__
+from lightning_llm._version import __version__, lightning_version
 from lightning_llm.checkpoint.digest import FileRecord
 from lightning_llm.checkpoint.manifest import Manifest, secret
 from lightning_llm.checkpoint.planning import SavePlan, rank_file, size_of
@@ -156,7 +155,7 @@ class _Committer:
 
 def versions() -> dict[str, str]:
     """Of what a checkpoint was made with."""
-    return {"lightning_llm": __version__, "lightning": lightning.__version__, "torch": torch.__version__}
+    return {"lightning_llm": __version__, "lightning": lightning_version(), "torch": torch.__version__}
 
 
 def digest_algorithm() -> str:

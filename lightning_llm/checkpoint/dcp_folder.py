@@ -14,12 +14,12 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import lightning
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
+from lightning_llm._version import lightning_version
 from lightning_llm.checkpoint.lazy import Box, LazyTensor, assemble
 from lightning_llm.checkpoint.lightning_file import DATA_ALONE, refused
 from lightning_llm.checkpoint.writing import Content
@@ -99,7 +99,7 @@ def read_dcp_folder(
         trainer={
             "epoch": 0,
             "global_step": step,
-            "pytorch-lightning_version": lightning.__version__,
+            "pytorch-lightning_version": lightning_version(),
             **({"lr_schedulers": []} if found else {}),
         },
         weights_only=not found,

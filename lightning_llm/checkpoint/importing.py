@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import lightning
 from torch import Tensor
 
+from lightning_llm._version import lightning_version
 from lightning_llm.checkpoint.dcp_folder import METADATA, OURS, read_dcp_folder
 from lightning_llm.checkpoint.lazy import Box, LazyTensor, whole
 from lightning_llm.checkpoint.lightning_file import read_lightning_file
@@ -111,6 +111,6 @@ def _read_hugging_face_folder(folder: Path, config: DecoderConfig) -> Content:
     return Content(
         step=0,
         tensors={OURS + name: lazy(name, shape) for name, shape in shapes.items()},
-        trainer={"epoch": 0, "global_step": 0, "pytorch-lightning_version": lightning.__version__},
+        trainer={"epoch": 0, "global_step": 0, "pytorch-lightning_version": lightning_version()},
         weights_only=True,
     )

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_llm._torch import untraced
 from lightning_llm.models.mlp import MLP
 from lightning_llm.models.sizes import ROUTING_BIAS
 
@@ -146,11 +147,9 @@ class Router(nn.Module):
         z = routing.logits.logsumexp(-1).square().sum(1) / tokens
         return aux, z, routing.counts.sum(-1) / self.top_k / tokens
 
-    @torch.compiler.disable  # what a backward does beside gradients must not be traced away
+    @untraced  # what a backward does beside gradients must not be traced away
     def with_losses(self, output: Tensor, routing: Routing) -> Tensor:
         """The output of the block, unchanged; its backward adds the gradient of this layer's losses and counts."""
-        if not torch.is_grad_enabled():
-            return output
         losses = self.losses
         with torch.set_grad_enabled(bool(losses.aux_loss_coef or losses.z_loss_coef)):
             aux, z, share = (sequences.sum() for sequences in self.losses_of(routing))
@@ -266,7 +265,7 @@ class MoE(nn.Module):
         out = unpermute(tokens, order, routing.weights.flatten(0, 1)).view(x.shape)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x)
-        return self.gate.with_losses(out, routing)
+        return self.gate.with_losses(out, routing) if torch.is_grad_enabled() else out
 
 
 def permute(x: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:

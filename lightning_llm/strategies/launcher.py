@@ -5,11 +5,8 @@ llm3d.py uses `ProcessLauncher` when nobody else (torchrun, Slurm, ...) starts t
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +16,8 @@ import torch.distributed as dist
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+
+from lightning_llm._processes import die_with
 
 PARENT_VARIABLE = "LIGHTNING_LLM_PARENT_PID"
 FAILURE_COUNT = "lightning_llm/failures"
@@ -86,20 +85,6 @@ def die_with_launcher() -> None:
     parent = os.environ.get(PARENT_VARIABLE)
     if parent is not None and int(parent) != os.getpid():
         die_with(int(parent))
-
-
-def die_with(parent: int) -> None:
-    """Asks the kernel to end this process when its parent ends.
-
-    Covers even `kill -9` of the parent, after which nothing could clean up. Linux only; elsewhere peers notice by their
-    closed connections.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the request was in place
-        os._exit(1)
 
 
 def first_to_fail(rank: int) -> int:

@@ -1,10 +1,13 @@
 """The names that `Trainer(strategy=...)` takes: a registered name takes no arguments, so common sizes have one each."""
 
-from typing import Any
+from __future__ import annotations
 
-from lightning.fabric.strategies import _StrategyRegistry
+from typing import TYPE_CHECKING, Any
 
-from lightning_llm.strategies.llm3d import LLM3DStrategy
+if TYPE_CHECKING:
+    from lightning.fabric.strategies import _StrategyRegistry
+
+    from lightning_llm.strategies.llm3d import LLM3DStrategy
 
 PRESETS: dict[str, dict[str, Any]] = {
     "llm3d": {"tensor_parallel_size": "auto", "pipeline_parallel_size": "auto", "expert_parallel_size": "auto"},
@@ -29,4 +32,11 @@ def register_presets(registry: _StrategyRegistry) -> None:
     """Adds every preset to Lightning's registry; a second import replaces them."""
     for name, arguments in PRESETS.items():
         description = ", ".join(f"{key}={value}" for key, value in arguments.items())
-        registry.register(name, LLM3DStrategy, description=f"3D parallelism: {description}", override=True, **arguments)
+        registry.register(name, make_strategy, description=f"3D parallelism: {description}", override=True, **arguments)
+
+
+def make_strategy(**arguments: Any) -> LLM3DStrategy:
+    """What the registry has in the place of a class: Lightning is still being imported when it is registered."""
+    from lightning_llm.strategies.llm3d import LLM3DStrategy
+
+    return LLM3DStrategy(**arguments)

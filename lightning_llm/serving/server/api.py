@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from litserve import LitAPI
 
+from lightning_llm._processes import die_with
 from lightning_llm.errors import ConfigurationError, NoGoodCheckpointError
 from lightning_llm.serving.engine.config import EngineConfig
 from lightning_llm.serving.engine.engine import Engine
@@ -20,7 +21,6 @@ from lightning_llm.serving.loading import LoadedModel, load_model
 from lightning_llm.serving.server.app import put_together
 from lightning_llm.serving.server.loop import EngineLoop
 from lightning_llm.serving.server.spec import Attach, EngineSpec
-from lightning_llm.strategies.launcher import die_with
 
 
 class LLMServeAPI(LitAPI):

@@ -7,8 +7,8 @@ import signal
 from types import FrameType
 from typing import Any
 
+from lightning_llm._processes import die_with
 from lightning_llm.serving.server.board import Board, Phase
-from lightning_llm.strategies.launcher import die_with
 
 _guarded: set[int] = set()  # processes whose forked children are to end with them
 

@@ -19,12 +19,12 @@ from litserve.specs.base import LitSpec
 from litserve.utils import ResponseBufferItem
 from starlette.routing import Route
 
+from lightning_llm._processes import die_with
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.serving.server.client import EngineClient, Fanout
 from lightning_llm.serving.server.loop import FANOUT
 from lightning_llm.serving.server.processes import leave_signals_to_main
 from lightning_llm.serving.server.transport import EngineTransport
-from lightning_llm.strategies.launcher import die_with
 
 if TYPE_CHECKING:
     from lightning_llm.serving.server.api import LLMServeAPI
