@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all check format bench bench-checkpoint axes docs clean
+.PHONY: help setup demo test test-all check format bench bench-checkpoint bench-serve axes docs clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -70,6 +70,9 @@ bench: setup ## what our strategy costs over a bare torch loop
 
 bench-checkpoint: setup ## what a checkpoint costs, beside torch.distributed.checkpoint
 	@$(BIN)/python benchmarks/checkpoint.py
+
+bench-serve: setup ## what serving costs: our engine and server beside transformers and a plain LitServe server
+	@$(BIN)/python benchmarks/serve.py
 
 axes: setup ## what each parallel axis costs: pipeline bubbles, bytes of every collective, both beside theory
 	@$(BIN)/python benchmarks/axes.py

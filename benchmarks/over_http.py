@@ -49,8 +49,8 @@ def measure_http(
     opened: dict[str, list[dict[str, Any]]] = {"ours": [], "litserve": []}
     with ExitStack() as stack:
         urls = {
-            name: stack.enter_context(serving(script, folder, dtype, threads=threads, most=concurrency))
-            for name, script in (("ours", OURS), ("litserve", LITSERVE))
+            name: stack.enter_context(serving(kind, folder, dtype, threads=threads, most=concurrency))
+            for name, kind in (("ours", OURS), ("litserve", LITSERVE))
         }
         for url in urls.values():
             ask(url, [Prompt("Hello", 4)], CHAT, concurrency=1)

@@ -31,6 +31,7 @@ from lightning_llm.serving.loading.cache import ModelCache
 from lightning_llm.serving.loading.sources import local_folder
 
 HERE = Path(__file__).parent
+ACCEPTED_OVERHEAD = 1.05  # of the server over the engine alone, in wall time
 
 
 def smollm2() -> Path:
@@ -116,6 +117,7 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=60.0, help="seconds after which a peer's turn is given up")
     parser.add_argument("--goodput", nargs="+", default=["ttft:2000", "tpot:200"], help="limits of a good request, ms")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "serve.json")
+    parser.add_argument("--check", action="store_true", help="fail if the server's overhead is above what is accepted")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     dtype = getattr(torch, arguments.dtype)
@@ -138,7 +140,8 @@ def main() -> int:
             result["load"][name] = [before, os.getloadavg()[0]]
             print(f"(load average {before:.1f} before, {result['load'][name][1]:.1f} after)")
             arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-    return 0
+    measured = result.get("overhead")
+    return int(bool(arguments.check and measured) and measured["server_over_engine"]["median"] > ACCEPTED_OVERHEAD)
 
 
 if __name__ == "__main__":

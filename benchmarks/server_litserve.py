@@ -94,7 +94,8 @@ class PlainAPI(ls.LitAPI):
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", required=True)
+    parser.add_argument("model")
+    parser.add_argument("--served-model-name", help="LitServe lets clients call it what they like")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--max-num-seqs", type=int, required=True)

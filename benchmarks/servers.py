@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -17,15 +17,18 @@ import httpx
 import psutil
 
 HERE = Path(__file__).parent
-OURS, LITSERVE = "server_ours.py", "server_litserve.py"
+OURS = ("-m", "lightning_llm.cli", "serve", "--log-level", "warning", "--host", "127.0.0.1", "--max-model-len", "2048")
+LITSERVE = (str(HERE / "server_litserve.py"),)
 
 
 @contextmanager
-def serving(script: str, folder: Path, dtype: str, *, threads: int, most: int, patience: float = 240) -> Iterator[str]:
-    """The URL of a server that answers.
+def serving(
+    kind: Sequence[str], folder: Path, dtype: str, *, threads: int, most: int, patience: float = 240
+) -> Iterator[str]:
+    """The URL of a server that answers; it calls its model "model".
 
     Args:
-        script: Beside this file.
+        kind: `OURS` or `LITSERVE`.
         folder: The model.
         dtype: Of its weights.
         threads: Of torch.
@@ -34,8 +37,8 @@ def serving(script: str, folder: Path, dtype: str, *, threads: int, most: int, p
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    options = {"--model": folder, "--port": port, "--dtype": dtype, "--max-num-seqs": most}
-    command = [sys.executable, HERE / script, *(word for pair in options.items() for word in pair)]
+    options = {"--served-model-name": "model", "--port": port, "--dtype": dtype, "--max-num-seqs": most}
+    command = [sys.executable, *kind, folder, *(word for pair in options.items() for word in pair)]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             list(map(str, command)),

@@ -10,12 +10,12 @@ import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 
-from lightning_llm.arguments import parser_of
+from lightning_llm.arguments import parse_arguments
 from lightning_llm.data.tokenizer import load_tokenizer
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.serving.bench.client import BenchClient, Endpoint
@@ -34,7 +34,7 @@ def serve(
     *,
     url: str = "http://127.0.0.1:8000",
     model: str | None = None,
-    endpoint: str = "/v1/completions",
+    endpoint: Endpoint = "/v1/completions",
     dataset: str = "random",
     num_prompts: int = 100,
     request_rate: float | None = None,
@@ -78,8 +78,6 @@ def serve(
         api_key: Sent as a bearer token; by default $OPENAI_API_KEY.
         json: A file to write the results into.
     """
-    if endpoint not in get_args(Endpoint):
-        raise ConfigurationError(f"--endpoint {endpoint} is none of {', '.join(get_args(Endpoint))}.")
     if request_rate is not None and concurrency is not None:
         raise ConfigurationError(
             "--request-rate sends requests whatever becomes of the others, --concurrency waits for them: give one."
@@ -108,7 +106,7 @@ def serve(
     client = BenchClient(
         url,
         model,
-        endpoint=endpoint,  # type: ignore[arg-type]
+        endpoint=endpoint,
         api_key=api_key or os.environ.get("OPENAI_API_KEY"),
         ignore_eos=ignore_eos,
         temperature=temperature,
@@ -148,7 +146,7 @@ def main(arguments: list[str]) -> int:
     if command is None:
         print(f"lightning-llm bench: there is no command {arguments[0]!r}\n\n{_usage()}", file=sys.stderr)
         return USAGE_ERROR
-    return command(**vars(parser_of(command, f"bench {arguments[0]}").parse_args(arguments[1:])))
+    return command(**parse_arguments(command, arguments[1:], f"bench {arguments[0]}"))
 
 
 async def _run(

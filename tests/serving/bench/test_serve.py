@@ -140,7 +140,6 @@ def test_chat_with_a_tokenizer(server: Server, tmp_path: Path) -> None:
         ("--request-rate -1", "--request-rate must be above 0"),
         ("--prefix-len -2", "--prefix-len must be above -1"),
         ("--dataset sharegpt", "neither random, nor sharegpt-lengths"),
-        ("--endpoint /v1/embeddings", "is none of /v1/completions"),
         ("--goodput speed:3", "is not NAME:MILLISECONDS"),
     ],
 )
