@@ -94,6 +94,9 @@ class GrammarCompiler:
         vocab_size: Columns of the model's logits; may differ from the tokenizer's.
         eos_token_ids: The model's end-of-text tokens.
         cache_bytes: Memory that compiled grammars may keep, as their trials measured it.
+
+    Attributes:
+        cached_bytes: What they keep.
     """
 
     def __init__(
@@ -104,7 +107,7 @@ class GrammarCompiler:
         self._eos_token_ids = sorted(eos_token_ids)
         self._cache_bytes = cache_bytes
         self._cache: OrderedDict[Grammar, tuple[GrammarMatcher, int]] = OrderedDict()
-        self._cached_bytes = 0
+        self.cached_bytes = 0
         self._tokens: LLTokenizer | None = None
         self._lock = threading.Lock()
         self._ready: subprocess.Popen[str] | None = None  # a process that awaits its grammar: starting takes 0.1 s
@@ -127,10 +130,10 @@ class GrammarCompiler:
         with self._lock:
             if grammar not in self._cache and cost <= self._cache_bytes:
                 self._cache[grammar] = matcher, cost
-                self._cached_bytes += cost
-                while self._cached_bytes > self._cache_bytes:
+                self.cached_bytes += cost
+                while self.cached_bytes > self._cache_bytes:
                     _, (_, freed) = self._cache.popitem(last=False)
-                    self._cached_bytes -= freed
+                    self.cached_bytes -= freed
         return matcher.copy()
 
     def close(self) -> None:
