@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 MAX_GRAMMAR_BYTES = 64 * 1024
 MAX_REGEX_BYTES = 8 * 1024
 _TRIAL_TIMEOUT = 10.0  # seconds; the trial limits its own CPU time, so this is for a machine that is very busy
+_STEP_SECONDS = 0.5  # of CPU time
 _TRIAL = Path(__file__).with_name("_grammar_trial.py")
 
 
@@ -45,6 +47,7 @@ class GrammarMatcher:
         self._matcher = matcher
         self._vocab_size = vocab_size
         self._mask_size = mask_size
+        self._too_slow = False
         self._mask = np.zeros((mask_size + 31) // 32, dtype=np.int32)
 
     def copy(self) -> GrammarMatcher:
@@ -56,8 +59,12 @@ class GrammarMatcher:
 
         At the end of the grammar, all but the end-of-text tokens.
         """
+        begin = time.thread_time()
         self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
-        if self._matcher.is_error():
+        # llguidance's limits hold most steps to some 30 ms; whatever passes by them may hold up the others only once.
+        if time.thread_time() - begin > _STEP_SECONDS:
+            self._too_slow = True
+        if self.error is not None:
             return None
         allowed = np.unpackbits(self._mask.view(np.uint8), count=self._vocab_size, bitorder="little")
         return allowed == 0
@@ -74,6 +81,8 @@ class GrammarMatcher:
     @property
     def error(self) -> str | None:
         """Why the grammar cannot be followed any further; None if it can."""
+        if self._too_slow:
+            return f"a step of it takes more than {_STEP_SECONDS} s"
         return self._matcher.get_error() or None
 
 
@@ -85,6 +94,9 @@ class GrammarCompiler:
         vocab_size: Columns of the model's logits; may differ from the tokenizer's.
         eos_token_ids: The model's end-of-text tokens.
         cache_bytes: Memory that compiled grammars may keep, as their trials measured it.
+
+    Attributes:
+        cached_bytes: What they keep.
     """
 
     def __init__(
@@ -95,7 +107,7 @@ class GrammarCompiler:
         self._eos_token_ids = sorted(eos_token_ids)
         self._cache_bytes = cache_bytes
         self._cache: OrderedDict[Grammar, tuple[GrammarMatcher, int]] = OrderedDict()
-        self._cached_bytes = 0
+        self.cached_bytes = 0
         self._tokens: LLTokenizer | None = None
         self._lock = threading.Lock()
         self._ready: subprocess.Popen[str] | None = None  # a process that awaits its grammar: starting takes 0.1 s
@@ -118,10 +130,10 @@ class GrammarCompiler:
         with self._lock:
             if grammar not in self._cache and cost <= self._cache_bytes:
                 self._cache[grammar] = matcher, cost
-                self._cached_bytes += cost
-                while self._cached_bytes > self._cache_bytes:
+                self.cached_bytes += cost
+                while self.cached_bytes > self._cache_bytes:
                     _, (_, freed) = self._cache.popitem(last=False)
-                    self._cached_bytes -= freed
+                    self.cached_bytes -= freed
         return matcher.copy()
 
     def close(self) -> None:
@@ -158,7 +170,7 @@ class GrammarCompiler:
         answer = json.loads(output)
         if answer["error"]:
             raise _refusal(grammar, answer["error"])
-        return answer["kibibytes"] * 1024 + 2 * len(grammar.text) + 4096
+        return max(answer["bytes"], 2 * len(grammar.text))
 
     def _compile(self, grammar: Grammar) -> GrammarMatcher:
         from llguidance import LLMatcher
@@ -172,6 +184,7 @@ class GrammarCompiler:
         matcher = LLMatcher(tokens, to_llguidance(grammar.kind, grammar.text), log_level=0, limits=limits())
         if matcher.is_error():
             raise _refusal(grammar, matcher.get_error())
+        matcher.compute_bitmask()  # the first is the slowest; copies have it from here
         return GrammarMatcher(matcher, self._vocab_size, tokens.vocab_size)
 
 

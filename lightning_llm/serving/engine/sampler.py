@@ -7,7 +7,8 @@ nothing but its own logits and `SamplingState`, whatever shares the batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -43,6 +44,9 @@ class Sampled:
 class Sampler:
     """Chooses the next token of each sequence."""
 
+    def __init__(self) -> None:
+        self._scratch = _Scratch()
+
     @torch.inference_mode()
     def sample(self, logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled]:
         """Chooses a token for each row. Does not touch `logits`, nor any state but its generator.
@@ -56,20 +60,21 @@ class Sampler:
             says so in `error`, and the other rows are as if it were not there.
         """
         logits = logits.float()
-        best, tokens = logits.max(dim=-1)  # NaN if there is one, so that this also tells which rows are broken
-        best_values, token_ids = best.tolist(), tokens.tolist()
+        best = logits.amax(dim=-1)  # NaN if there is one, so that this also tells which rows are broken
         answers = [
-            Sampled(token) if np.isfinite(value) else Sampled(_NO_TOKEN, error=_describe(value))
-            for token, value in zip(token_ids, best_values, strict=True)
+            Sampled(_NO_TOKEN, error=None if math.isfinite(value) else _describe(value)) for value in best.tolist()
         ]
-        work = [
-            row
-            for row, state in enumerate(states)
-            if answers[row].error is None and (state.changes_logits or not state.params.greedy)
-        ]
-        if work:
-            chosen = _choose(_take(logits, work), _take(best, work), [states[row] for row in work])
-            for row, (token, error) in zip(work, chosen, strict=True):
+        greedy: list[int] = []
+        other: list[int] = []
+        for row, (state, answer) in enumerate(zip(states, answers, strict=True)):
+            if answer.error is None:
+                (greedy if state.params.greedy and not state.changes_logits else other).append(row)
+        if greedy:
+            for row, token in zip(greedy, _rows(logits, greedy).argmax(dim=-1).tolist(), strict=True):
+                answers[row].token_id = token
+        if other:
+            chosen = _choose(logits, best, other, [states[row] for row in other], self._scratch)
+            for row, (token, error) in zip(other, chosen, strict=True):
                 answers[row].token_id, answers[row].error = token, error
         self._add_logprobs(answers, logits, states)
         return answers
@@ -96,22 +101,37 @@ class Sampler:
         if not rows:
             return
         most = max(states[row].params.logprobs or 0 for row in rows)
-        found = _logprobs(_take(logits, rows), [answers[row].token_id for row in rows], most)
+        found = _logprobs(_rows(logits, rows), [answers[row].token_id for row in rows], most)
         for row, (logprob, top) in zip(rows, found, strict=True):
             answers[row].logprob, answers[row].top = logprob, top[: states[row].params.logprobs]
 
 
 def _describe(best: float) -> str:
-    if best == -np.inf:
+    if best == -math.inf:
         return "no token is possible: the model gives every one the probability 0"
     return "the model's logits are not finite (NaN or infinity)"
 
 
-def _take(values: Tensor, rows: list[int]) -> Tensor:
-    """A copy of these rows."""
+def _rows(values: Tensor, rows: list[int]) -> Tensor:
+    """These rows, in ascending order; not a copy where they are all that there are."""
     if len(rows) == len(values):
-        return values.clone(memory_format=torch.contiguous_format)
+        return values
     return values.index_select(0, torch.tensor(rows, dtype=torch.int64, device=values.device))
+
+
+class _Scratch:
+    """Memory that each step writes anew: to get megabytes of new pages takes longer than to compute what is in them."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def get(self, name: str, shape: tuple[int, int], device: torch.device) -> Tensor:
+        """A float32 tensor of this shape, with whatever was in it before."""
+        size = shape[0] * shape[1]
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < size or buffer.device != device:
+            buffer = self._buffers[name] = torch.empty(size, dtype=torch.float32, device=device)
+        return buffer[:size].view(shape)
 
 
 @torch.inference_mode()
@@ -127,28 +147,34 @@ def _logprobs(logits: Tensor, token_ids: Sequence[int], k: int) -> list[tuple[fl
     return [(value, list(zip(*top, strict=True))) for value, top in zip(own, tops, strict=True)]
 
 
-def _choose(logits: Tensor, best: Tensor, states: list[SamplingState]) -> list[tuple[int, str | None]]:
-    """A token, or why there is none, for each row; writes to `logits` `[rows, vocab]`. `best` is their maximum."""
-    errors: list[str | None] = [None] * len(states)
-    token_ids = [_NO_TOKEN] * len(states)
+def _choose(
+    logits: Tensor, best: Tensor, rows: list[int], states: list[SamplingState], scratch: _Scratch
+) -> list[tuple[int, str | None]]:
+    """A token, or why there is none, for each of `rows`. `best` is the largest logit of every row."""
+    work = scratch.get("work", (len(rows), logits.shape[1]), logits.device)
+    torch.index_select(logits, 0, torch.tensor(rows, dtype=torch.int64, device=logits.device), out=work)
+    best = _rows(best, rows)
+    errors: list[str | None] = [None] * len(rows)
+    tokens = [_NO_TOKEN] * len(rows)
     if any(state.changes_logits for state in states):
-        _add_bias(logits, states)
-        _apply_grammars(logits, states, errors)
-        _mask_ends(logits, states)
-        _penalise(logits, states)
-        best, tokens = logits.max(dim=-1)
-        token_ids = tokens.tolist()
+        _add_bias(work, states)
+        _apply_grammars(work, states, errors)
+        _mask_ends(work, states)
+        _penalise(work, states)
+        best = work.amax(dim=-1)
         for row, value in enumerate(best.tolist()):
-            if errors[row] is None and not np.isfinite(value):
-                errors[row] = "no token is possible: the grammar, the bias and min_tokens leave none"
+            if errors[row] is None and not math.isfinite(value):
+                errors[row] = "no token is possible: the grammar, the bias, min_tokens and the penalties leave none"
+    greedy = [row for row, state in enumerate(states) if errors[row] is None and state.params.greedy]
+    if greedy:
+        for row, token in zip(greedy, _rows(work, greedy).argmax(dim=-1).tolist(), strict=True):
+            tokens[row] = token
     drawn = [row for row, state in enumerate(states) if errors[row] is None and not state.params.greedy]
     if drawn:
-        picks = _draw(
-            _take(logits, drawn) if len(drawn) < len(states) else logits, best[drawn], [states[row] for row in drawn]
-        )
+        picks = _draw(_rows(work, drawn), _rows(best, drawn), [states[row] for row in drawn], scratch)
         for row, token in zip(drawn, picks, strict=True):
-            token_ids[row] = token
-    return [(_NO_TOKEN if error else token, error) for token, error in zip(token_ids, errors, strict=True)]
+            tokens[row] = token
+    return list(zip(tokens, errors, strict=True))
 
 
 # --- what changes the logits ----------------------------------------------------------------------------------------
@@ -211,7 +237,7 @@ def _penalise(logits: Tensor, states: list[SamplingState]) -> None:
 # --- the draw -------------------------------------------------------------------------------------------------------
 
 
-def _draw(logits: Tensor, best: Tensor, states: list[SamplingState]) -> list[int]:
+def _draw(logits: Tensor, best: Tensor, states: list[SamplingState], scratch: _Scratch) -> list[int]:
     """Draws a token for each row; writes to `logits` `[rows, vocab]`, whose maximum is `best`.
 
     Each row is cut at a weight, never at a place in some order: a token is as welcome as any other that is as likely.
@@ -220,8 +246,8 @@ def _draw(logits: Tensor, best: Tensor, states: list[SamplingState]) -> list[int
     temperature = _column([max(p.temperature, _LEAST_TEMPERATURE) for p in params], logits)
     weights = logits.sub_(best[:, None]).div_(temperature).exp_()  # probabilities over the likeliest one's
     if any(p.min_p > 0 for p in params):
-        _keep(weights, _column([p.min_p for p in params], weights))
-    _cut_top_k(weights, [p.top_k for p in params])
+        _keep(weights, _column([p.min_p for p in params], weights), scratch)
+    _cut_top_k(weights, [p.top_k for p in params], scratch)
 
     totals: Tensor | None = None
     tokens = [_NO_TOKEN] * len(states)
@@ -237,16 +263,14 @@ def _draw(logits: Tensor, best: Tensor, states: list[SamplingState]) -> list[int
         unsure = [at for at, row in enumerate(waiting) if params[row].top_p < 1]
         if not unsure:
             break
-        if len(unsure) < len(waiting):
-            weights, totals, drawn = _take(weights, unsure), _take(totals, unsure), _take(drawn, unsure)
-            waiting = [waiting[at] for at in unsure]
-        pivots = weights.gather(1, drawn[:, None])
-        weights.mul_(torch.gt(weights, pivots, out=torch.empty_like(weights)))
-        likelier = weights.sum(dim=-1, dtype=torch.float64)
+        waiting = [waiting[at] for at in unsure]
+        weights, totals, drawn = _rows(weights, unsure), _rows(totals, unsure), _rows(drawn, unsure)
+        _keep(weights, weights.gather(1, drawn[:, None]), scratch, compare=torch.gt)
+        likelier = _block_sums(weights).sum(dim=-1)
         outside = likelier >= totals * _column([params[row].top_p for row in waiting], totals)[:, 0]
         again = [at for at, is_outside in enumerate(outside.tolist()) if is_outside]
-        weights, totals = _take(weights, again), _take(totals, again)
         waiting = [waiting[at] for at in again]
+        weights, totals = _rows(weights, again), _rows(totals, again)
     return tokens
 
 
@@ -254,13 +278,14 @@ def _column(values: list[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
 
 
-def _keep(weights: Tensor, least: Tensor) -> None:
-    """Sets weights below `least` `[rows, 1]` to 0."""
+def _keep(weights: Tensor, least: Tensor, scratch: _Scratch, *, compare: Callable[..., Tensor] = torch.ge) -> None:
+    """Sets weights that do not compare to `least` `[rows, 1]` to 0."""
     # A comparison that writes floats, then a product: many times faster on a CPU than masks of booleans.
-    weights.mul_(torch.ge(weights, least, out=torch.empty_like(weights)))
+    mask = scratch.get("mask", (weights.shape[0], weights.shape[1]), weights.device)
+    weights.mul_(compare(weights, least, out=mask))
 
 
-def _cut_top_k(weights: Tensor, top_k: list[int]) -> None:
+def _cut_top_k(weights: Tensor, top_k: list[int], scratch: _Scratch) -> None:
     """Keeps the k largest weights of each row, and all that equal the k-th; k of 0 or less keeps all."""
     vocab = weights.shape[1]
     least = torch.zeros(len(top_k), 1, dtype=weights.dtype, device=weights.device)
@@ -270,30 +295,36 @@ def _cut_top_k(weights: Tensor, top_k: list[int]) -> None:
         if 0 < k < vocab:
             groups.setdefault(k.bit_length(), []).append(row)
     for rows in groups.values():
-        largest = _take(weights, rows).topk(max(top_k[row] for row in rows), dim=-1).values
+        largest = _rows(weights, rows).topk(max(top_k[row] for row in rows), dim=-1).values
         at = torch.tensor([[top_k[row] - 1] for row in rows], device=weights.device)
         least[rows] = largest.gather(1, at)
     if groups:
-        _keep(weights, least)
+        _keep(weights, least, scratch)
 
 
 def _inverse_cdf(weights: Tensor, uniforms: list[float]) -> tuple[Tensor, Tensor]:
     """The index `[rows]` at which each row's running sum passes its share `uniforms` of the total, and the total.
 
-    Exact to float64; never an index of weight 0. Sums of blocks find the block first: a running sum over the
-    vocabulary takes twenty times as long.
+    Never an index of weight 0. Sums of blocks find the block first: a running sum over the whole vocabulary takes many
+    times as long.
     """
-    rows, vocab = weights.shape
-    padding = -vocab % _CDF_BLOCK
-    if padding:
-        weights = torch.nn.functional.pad(weights, (0, padding))
-    blocks = weights.view(rows, -1, _CDF_BLOCK)
-    running = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    running = _block_sums(weights).cumsum(dim=-1)
     totals = running[:, -1]
     block, rest = _first_above(running, _column(uniforms, totals) * totals[:, None])
-    chosen = blocks.gather(1, block[:, :, None].expand(-1, -1, _CDF_BLOCK))[:, 0]
-    within, _ = _first_above(chosen.cumsum(dim=-1, dtype=torch.float64), rest)
-    return (block * _CDF_BLOCK + within)[:, 0], totals
+    places = block * _CDF_BLOCK + torch.arange(_CDF_BLOCK, device=weights.device)
+    last = weights.shape[1] - 1
+    within = weights.gather(1, places.clamp(max=last)).double().where(places <= last, 0.0).cumsum(dim=-1)
+    index, _ = _first_above(within, rest)
+    return (block * _CDF_BLOCK + index)[:, 0], totals
+
+
+def _block_sums(weights: Tensor) -> Tensor:
+    """Sums of `_CDF_BLOCK` weights each, `[rows, blocks]` float64; the last block may be shorter."""
+    whole = weights.shape[1] // _CDF_BLOCK * _CDF_BLOCK
+    sums = weights[:, :whole].unflatten(1, (-1, _CDF_BLOCK)).sum(dim=-1)
+    if whole < weights.shape[1]:
+        sums = torch.cat([sums, weights[:, whole:].sum(dim=-1, keepdim=True)], dim=1)
+    return sums.double()
 
 
 def _first_above(running: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
