@@ -18,6 +18,10 @@ STDLIB = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("s
 CORPUS_ARGUMENTS = $(if $(CORPUS),"$(CORPUS)","$(STDLIB)" --exclude test tests idlelib)
 RUN := runs/demo
 
+# Files of tests that run beside each other; those marked `alone` come afterwards, one by one.
+JOBS ?= 2
+TOGETHER = -n $(JOBS) --dist loadfile
+
 help: ## list what can be done
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -50,10 +54,12 @@ demo: setup ## real text -> tokens -> 8 processes train -> checkpoint -> export 
 	@echo; echo "Next: $(BIN)/lightning-llm serve $(RUN)/model    and open http://localhost:8000"
 
 test: setup ## the tests, without the slow ones
-	@$(BIN)/python -m pytest -m 'not slow and not gpu'
+	@$(BIN)/python -m pytest $(TOGETHER) -m 'not slow and not gpu and not alone'
+	@$(BIN)/python -m pytest -m 'alone and not slow and not gpu'
 
 test-all: setup ## all tests, the slow ones too
-	@$(BIN)/python -m pytest -m 'not gpu'
+	@$(BIN)/python -m pytest $(TOGETHER) -m 'not gpu and not alone'
+	@$(BIN)/python -m pytest -m 'alone and not gpu'
 
 check: setup ## lint, format, types, and the arrows between the rooms
 	$(BIN)/ruff check .

@@ -19,6 +19,8 @@ import pytest
 from lightning_llm.cli import COMMANDS, TRAINER_COMMANDS
 from tests.commands import call_forked
 
+pytestmark = pytest.mark.alone
+
 COMMAND = Path(sys.executable).with_name("lightning-llm")
 STDLIB = Path(sysconfig.get_path("stdlib"))
 

@@ -14,6 +14,8 @@ import pytest
 from tests.serving.engine.models import make_decoder
 from tests.serving.test_llm import folder_of
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[2]
 COMMAND = str(Path(sys.executable).with_name("lightning-llm"))
 

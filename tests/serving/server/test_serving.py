@@ -16,6 +16,8 @@ from lightning_llm.serving.llm import LLM
 from tests.serving.engine.models import greedy
 from tests.serving.server.serving import CONTEXT, POISON, VOCABULARY, Server, eventually, save_tiny_model, serving
 
+pytestmark = pytest.mark.alone
+
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 LONG = {"max_tokens": 3900, **GREEDY}
 

@@ -12,6 +12,8 @@ import pytest
 
 from tests.serving.server.serving import Server, eventually, save_tiny_model, serving
 
+pytestmark = pytest.mark.alone
+
 LONG = {"max_tokens": 3900, "temperature": 0.0, "ignore_eos": True}
 
 
