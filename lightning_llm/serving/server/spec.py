@@ -23,7 +23,7 @@ from lightning_llm._processes import die_with
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.serving.server.client import EngineClient, Fanout
 from lightning_llm.serving.server.loop import FANOUT
-from lightning_llm.serving.server.processes import leave_signals_to_main
+from lightning_llm.serving.server.processes import check_main_module, leave_signals_to_main
 from lightning_llm.serving.server.transport import EngineTransport
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class EngineSpec(LitSpec):
         super().setup(server)
         if self.client is not None:
             return
+        check_main_module()
         real, api = self._server, self._api
         assert real is not None and api is not None
         if len(real.litapi_connector.lit_apis) > 1:

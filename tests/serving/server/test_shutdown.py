@@ -106,7 +106,7 @@ def test_a_worker_that_is_killed_while_it_loads_ends_the_server(model: Path, tmp
         for one in spawned():
             one.kill()
         assert exitcode(server, 60) == 1
-        assert "ended with -9 before they were ready" in server.log.read_text()
+        assert "ServerFailedError: A worker was killed (signal 9) before it was ready" in server.log.read_text()
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import pytest
 from litserve.utils import LitAPIStatus, LoopResponseType
 
 from lightning_llm.errors import ConfigurationError
+from lightning_llm.serving.errors import ServerFailedError
 from lightning_llm.serving.server.board import Board, Phase
 from lightning_llm.serving.server.supervisor import Supervisor
 from lightning_llm.serving.server.transport import EngineTransport
@@ -93,6 +94,6 @@ def test_workers_that_never_become_ready_are_given_up() -> None:
         hang_timeout=60,
         max_failures=2,
     )
-    with pytest.raises(RuntimeError, match="Worker 0 ended 2 times before it was ready"):
+    with pytest.raises(ServerFailedError, match="Worker 0 ended 2 times before it was ready"):
         supervisor.run()
     assert started == [0, 0]
