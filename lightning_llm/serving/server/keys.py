@@ -1,4 +1,4 @@
-"""`ApiKey`: the key that clients need, as OpenAI's send it (`Authorization: Bearer KEY`) or as LitServe's (`X-API-Key`)."""
+"""`ApiKey`: the key that clients need: `Authorization: Bearer KEY`, as OpenAI's send it, or LitServe's `X-API-Key`."""
 
 from __future__ import annotations
 
