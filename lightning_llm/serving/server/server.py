@@ -20,6 +20,7 @@ from litserve.utils import WorkerSetupStatus
 
 from lightning_llm.errors import ConfigurationError, NoGoodCheckpointError
 from lightning_llm.serving.errors import ServerFailedError
+from lightning_llm.serving.loading import check_source
 from lightning_llm.serving.server.api import LLMServeAPI
 from lightning_llm.serving.server.board import Phase
 from lightning_llm.serving.server.http.bounded import BoundedHTTP
@@ -72,7 +73,11 @@ class EngineServer(LitServer):
     @property
     def transport(self) -> EngineTransport | None:
         """None until workers are launched."""
-        return self.litapi_connector.lit_apis[0].spec.transport
+        return self._model_api.spec.transport
+
+    @property
+    def _model_api(self) -> LLMServeAPI:
+        return self.litapi_connector.lit_apis[0]
 
     def run(  # type: ignore[override]
         self, host: str = "0.0.0.0", port: int = 8000, *, num_api_servers: int = 1, **settings: Any
@@ -86,14 +91,19 @@ class EngineServer(LitServer):
             **settings: Of `LitServer.run` and of uvicorn, such as `log_level`.
 
         Raises:
-            ConfigurationError: The model cannot be served, as a worker said; or the address cannot be listened at.
+            ConfigurationError: The model is not there, or cannot be served, as a worker said; or the address cannot be
+                listened at.
             NoGoodCheckpointError: None of the checkpoints can be believed.
             ServerFailedError: Workers end before they are ready, or a process that speaks HTTP has died.
         """
         check_main_module()
         check_address(host, port)
+        check_source(self._model_api.model)
         settings = {"generate_client_file": False, "http": BoundedHTTP, **settings, "api_server_worker_type": "process"}
         self._main_pid = os.getpid()
+        scheme = "https" if settings.get("ssl_certfile") else "http"
+        shown = {"0.0.0.0": "localhost", "::": "localhost"}.get(host, host)
+        self._model_api.spec.url = f"{scheme}://{shown}:{port}"
         guard_forks()
         try:
             with self._signals():
@@ -118,6 +128,7 @@ class EngineServer(LitServer):
 
     def launch_inference_worker(self, lit_api: LLMServeAPI) -> list[BaseProcess]:
         """Tells the processes that follow who looks after them, unless it is a test that starts them without `run`."""
+        log.info("Loading %s ...", lit_api.model)
         processes = super().launch_inference_worker(lit_api)
         assert self.transport is not None
         self.transport.board.supervised = self._main_pid == os.getpid()
@@ -129,7 +140,7 @@ class EngineServer(LitServer):
         main thread: it is the parent of the workers, who end with it, and it is the one that signals interrupt."""
         assert self.transport is not None
         board = self.transport.board
-        lit_api = self.litapi_connector.lit_apis[0]
+        lit_api = self._model_api
         supervisor = Supervisor(
             board,
             self.inference_workers,
