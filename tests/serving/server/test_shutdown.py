@@ -84,7 +84,7 @@ def test_a_signal_while_the_model_is_loaded_ends_it(model: Path, tmp_path: Path)
         eventually(lambda: len(server.family()) >= 2)
         family = server.family()
         os.kill(server.process.pid, signal.SIGTERM)
-        assert exitcode(server) == 0
+        assert exitcode(server) == 128 + signal.SIGTERM
         assert not psutil.wait_procs(family, timeout=15)[1]
 
 
