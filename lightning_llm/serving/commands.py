@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 from lightning_llm.arguments import parse_arguments
+from lightning_llm.errors import ConfigurationError
 from lightning_llm.serving.engine.config import EngineConfig
+from lightning_llm.serving.errors import ServerFailedError
 from lightning_llm.serving.server.api import LLMServeAPI
 from lightning_llm.serving.server.app import AppSettings, put_together
 from lightning_llm.serving.server.http import HTTPSettings
-from lightning_llm.serving.server.observability.logs import log_config
+from lightning_llm.serving.server.observability.logs import library_level, log_config
 from lightning_llm.serving.server.server import EngineServer
 
 
@@ -26,6 +31,7 @@ def serve(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     revision: str | None = None,
     chat_template: str | None = None,
+    api_key_file: str | None = None,
     engine: EngineConfig,
     http: HTTPSettings,
     shown: AppSettings,
@@ -46,6 +52,7 @@ def serve(
         device: auto is a GPU if there is one.
         revision: Of a model on the hub; a commit pins it.
         chat_template: A file with a Jinja template to use instead of the model's.
+        api_key_file: A file with the key that clients have to send; by default LIT_SERVER_API_KEY is the key, if set.
         engine: The engine.
         http: The HTTP interface.
         shown: What is shown.
@@ -54,6 +61,7 @@ def serve(
         log_format: json for machines, text for people; auto is text on a terminal.
         log_level: Least that is logged.
     """
+    key = None if api_key_file is None else _key_in(api_key_file)
     api = LLMServeAPI(
         model,
         engine,
@@ -61,7 +69,7 @@ def serve(
         dtype=dtype,
         revision=revision,
         chat_template=chat_template,
-        attach=partial(put_together, http=http, shown=shown),
+        attach=partial(put_together, http=http, shown=shown, api_key=key),
     )
     server = EngineServer(
         api,
@@ -71,10 +79,35 @@ def serve(
         hang_timeout=hang_timeout,
     )
     written = ("text" if sys.stderr.isatty() else "json") if log_format == "auto" else log_format
-    server.run(host, port, log_level=log_level, log_config=log_config(written, log_level.upper()), access_log=False)
+    server.run(
+        host,
+        port,
+        log_level=library_level(log_level).lower(),
+        log_config=log_config(written, log_level.upper()),
+        access_log=False,
+    )
+    # All processes have ended and nothing is left to clean up: Python would take seconds to tidy torch away.
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _key_in(file: str) -> str:
+    try:
+        key = Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"--api-key-file {file} cannot be read: {error}.") from None
+    if not key:
+        raise ConfigurationError(f"--api-key-file {file} is empty: put the key into it.")
+    return key
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command; returns the exit code."""
-    serve(**parse_arguments(serve, arguments))
+    try:
+        serve(**parse_arguments(serve, arguments))
+    except ServerFailedError as error:
+        print(f"lightning-llm: {error}", file=sys.stderr)
+        return 1
     return 0

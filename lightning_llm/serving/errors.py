@@ -1,4 +1,4 @@
-"""What is wrong with a request: told to whoever sent it, and to nobody else."""
+"""What is wrong with a request: told to whoever sent it, and to nobody else. And what ends a server."""
 
 from __future__ import annotations
 
@@ -21,3 +21,7 @@ class RequestError(ConfigurationError):
 
 class EngineDiedError(RuntimeError):
     """There is no engine any more that could answer. Nothing is wrong with the request."""
+
+
+class ServerFailedError(RuntimeError):
+    """A server cannot go on; the text says why, and the log what led to it."""

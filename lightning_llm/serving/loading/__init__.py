@@ -5,6 +5,6 @@
 """
 
 from lightning_llm.serving.loading.folder import LoadedModel, load_folder
-from lightning_llm.serving.loading.sources import load_model
+from lightning_llm.serving.loading.sources import check_source, load_model
 
-__all__ = ["LoadedModel", "load_folder", "load_model"]
+__all__ = ["LoadedModel", "check_source", "load_folder", "load_model"]

@@ -85,9 +85,18 @@ def local_folder(
         return _in_folder(place, element, kept)
     if place.is_file():
         return _of_file(place, element, kept)
-    if is_hub_name(str(source)):
-        return nullcontext(fetch_from_hub(str(source), revision))
-    raise ConfigurationError(f"There is no {source}: a model is {_KINDS}.")
+    check_source(source)
+    return nullcontext(fetch_from_hub(str(source), revision))
+
+
+def check_source(source: str | Path) -> None:
+    """Looks for a model on this machine only, and quickly.
+
+    Raises:
+        ConfigurationError: It would have to be here, and is not.
+    """
+    if not (str(source).startswith("s3://") or _path(source).exists() or is_hub_name(str(source))):
+        raise ConfigurationError(f"There is no {source}: a model is {_KINDS}.")
 
 
 def _path(source: str | Path) -> Path:

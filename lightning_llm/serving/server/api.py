@@ -26,8 +26,8 @@ from lightning_llm.serving.server.spec import Attach, EngineSpec
 class LLMServeAPI(LitAPI):
     """Serves a model.
 
-        server = EngineServer(LLMServeAPI("runs/demo/model", max_num_seqs=64))
-        server.run(port=8000)
+        if __name__ == "__main__":  # workers import this file
+            EngineServer(LLMServeAPI("runs/demo/model", max_num_seqs=64)).run(port=8000)
 
     LitServe's own `LitServer` serves it too, as well as it serves anything: SIGTERM does not drain and leaves a process
     of LitServe's behind, a worker that dies ends the server, and one that hangs stays.
@@ -63,6 +63,11 @@ class LLMServeAPI(LitAPI):
         if unknown:
             fields = ", ".join(EngineConfig.__dataclass_fields__)
             raise ConfigurationError(f"LLMServeAPI has no setting {', '.join(unknown)}; it has {fields}.")
+        if hasattr(self, "authorize"):
+            raise ConfigurationError(
+                f"{type(self).__name__}.authorize would not be asked: its routes are not LitServe's. Set "
+                "LIT_SERVER_API_KEY, or let `attach` add a middleware of your own."
+            )
         self.model = model
         self.engine_config = dataclasses.replace(engine or EngineConfig(), **settings)
         self.name = name

@@ -8,6 +8,7 @@ from fastapi import FastAPI
 
 from lightning_llm.serving.server.client import EngineClient
 from lightning_llm.serving.server.http import HTTPSettings, attach
+from lightning_llm.serving.server.keys import ApiKey, key_from_environment
 from lightning_llm.serving.server.observability.middleware import Observability
 from lightning_llm.serving.server.observability.tracing import make_tracer
 from lightning_llm.serving.server.playground.routes import attach_playground
@@ -28,7 +29,11 @@ class AppSettings:
 
 
 def put_together(
-    app: FastAPI, client: EngineClient, http: HTTPSettings | None = None, shown: AppSettings | None = None
+    app: FastAPI,
+    client: EngineClient,
+    http: HTTPSettings | None = None,
+    shown: AppSettings | None = None,
+    api_key: str | None = None,
 ) -> None:
     """Lets an app that has not started answer with the engines.
 
@@ -37,6 +42,7 @@ def put_together(
         client: The engines.
         http: Limits and choices of the routes.
         shown: What is shown of the server.
+        api_key: What clients have to send; None: what `LIT_SERVER_API_KEY` says, if it does.
     """
     shown = shown or AppSettings()
     observability = Observability(
@@ -48,4 +54,6 @@ def put_together(
     attach(app, client, http, observer=observability)
     if shown.playground:
         attach_playground(app, client)
-    observability.attach(app)
+    if key := api_key or key_from_environment():
+        app.add_middleware(ApiKey, key=key)
+    observability.attach(app)  # around it: who is refused is counted, too

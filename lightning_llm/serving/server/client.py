@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ from lightning_llm.serving.engine.outputs import EngineStats, Update
 from lightning_llm.serving.engine.params import SamplingParams
 from lightning_llm.serving.errors import EngineDiedError, RequestError
 from lightning_llm.serving.server.board import Phase
+from lightning_llm.serving.server.links import Link, Ticket, WorkerInfo
 from lightning_llm.serving.server.routing import PrefixRouter
 from lightning_llm.serving.server.transport import EngineTransport
 from lightning_llm.serving.server.wire import params_to_wire, update_from_wire
@@ -29,56 +29,7 @@ from lightning_llm.serving.tokenizer import ModelTokenizer
 log = logging.getLogger(__name__)
 
 _WATCH = 0.1  # seconds between looks at the workers and at the server's phase
-_PATIENCE = 5.0  # seconds that a worker in a long step may take to answer a question
-
-
-@dataclass(frozen=True)
-class WorkerInfo:
-    """How a worker stands.
-
-    Attributes:
-        id: LitServe's.
-        pid: 0 before it has begun.
-        ready: Whether requests go to it.
-        busy: Whether it has requests.
-        steps: Of its engine.
-        silence: Seconds since it last went through its loop; None before it has begun.
-        in_flight: Requests of this HTTP process that it has.
-    """
-
-    id: int
-    pid: int
-    ready: bool
-    busy: bool
-    steps: int
-    silence: float | None
-    in_flight: int
-
-
-@dataclass(eq=False)
-class _Link:
-    """A worker that has said hello."""
-
-    worker: int
-    process: psutil.Process
-    address: str
-    tickets: dict[str, _Ticket] = field(default_factory=dict)
-
-    @property
-    def alive(self) -> bool:
-        try:
-            return self.process.is_running() and self.process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
-
-
-@dataclass(eq=False)
-class _Ticket:
-    """A request, or a question, that a worker has to answer."""
-
-    uid: str
-    link: _Link
-    arrived: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
+_PATIENCE = 1.0  # seconds that a question waits for a worker; one in a long step answers later
 
 
 class EngineClient:
@@ -87,7 +38,8 @@ class EngineClient:
     Args:
         transport: The server's.
         chat_template: A file to use instead of the model's template.
-        silence_limit: Seconds without a beat after which a worker does not count as ready.
+        silence_limit: Seconds without a beat after which an idle worker does not count as ready. A busy one is in a
+            long step, or hangs: that is for the main process to find out.
         router: Chooses workers.
     """
 
@@ -106,7 +58,7 @@ class EngineClient:
         self._board = transport.board
         self._chat_template = chat_template
         self._router = router or PrefixRouter()
-        self._links: dict[int, _Link] = {}
+        self._links: dict[int, Link] = {}
         self._facts: dict[str, Any] = {}
         self._tokenizer: ModelTokenizer | None = None
         self._met = asyncio.Event()
@@ -140,7 +92,7 @@ class EngineClient:
 
     @property
     def ready(self) -> bool:
-        """Whether a worker is loaded, alive, and not silent for too long."""
+        """Whether a worker is loaded and alive."""
         return self._tokenizer is not None and any(worker.ready for worker in self.workers)
 
     @property
@@ -150,7 +102,7 @@ class EngineClient:
 
     @property
     def num_in_flight(self) -> int:
-        """Requests of this process that are being answered."""
+        """Requests of this process that workers have not ended; a client may still read what has come."""
         return self._in_flight
 
     @property
@@ -193,30 +145,28 @@ class EngineClient:
             "arrival": time.monotonic(),
         }
         left = 1 if pooling else params.n
-        ticket = self._register(link)
-        self._count(+1)
+        ticket = self._register(link, answers=left)
         try:
             try:
                 self.transport.post(link.address, ["add", ticket.uid, request])
             except OverflowError:
                 raise RequestError("A number in the request has more than 64 bits.") from None
             while left:
-                update = await self._next(ticket)
+                update = await ticket.next()
                 update.request_id = request_id
                 update.worker = link.worker
                 left -= update.finish_reason is not None
                 yield update
         finally:
-            self._count(-1)
-            if link.tickets.pop(ticket.uid, None) is not None and left:
+            if self._settle(ticket):
                 self.transport.post(link.address, ["abort", ticket.uid])
 
     async def stats(self) -> dict[int, EngineStats]:
-        """Of the engine of each worker that answers within some seconds, by the worker's id."""
+        """Of each worker's engine, by the worker's id; of one in a step of more than a second, what it last said."""
         return {worker: EngineStats(**fields) for worker, fields in (await self._ask_all("stats")).items()}
 
     async def blocks(self) -> dict[int, bytes]:
-        """A byte for each block of these engines, see `BlockPool.states`."""
+        """A byte for each block of these engines; see `BlockPool.states`."""
         return await self._ask_all("blocks")
 
     # -- what workers say --
@@ -231,29 +181,40 @@ class EngineClient:
             elif link is not None and link.process.pid == pid:
                 self._hand_on(link, event)
 
-    def _hand_on(self, link: _Link, event: list[Any]) -> None:
-        item: Any
+    def _hand_on(self, link: Link, event: list[Any]) -> None:
         match event:
             case ["update", fields]:
-                uid, item = fields[0], update_from_wire(fields)
+                self._update(link, fields[0], update_from_wire(fields))
             case ["refused", uid, message, param, code]:
-                item = RequestError(message, param=param, code=code)
-            case ["broken", uid, message]:
-                item = Update(uid, error=message, finish_reason="error")
-            case ["reply", uid, item]:
-                pass
+                self._conclude(link, uid, RequestError(message, param=param, code=code))
+            case ["broken", uid, message] if (ticket := link.tickets.get(uid)) is not None:
+                for index in range(ticket.answers):
+                    self._update(link, uid, Update(uid, index=index, error=message, finish_reason="error"))
+            case ["reply", uid, answer]:
+                self._conclude(link, uid, answer)
             case ["failed"]:
                 self._lose(link, "its engine failed")
-                return
-        # One that was cancelled is not there any more.
+
+    # A request that was cancelled has no ticket any more.
+
+    def _update(self, link: Link, uid: str, update: Update) -> None:
+        if (ticket := link.tickets.get(uid)) is None:
+            return
+        ticket.answers -= update.finish_reason is not None
+        ticket.arrived.put_nowait(update)
+        if not ticket.answers:
+            self._settle(ticket)  # whenever its client reads it: neither routing nor draining waits for that
+
+    def _conclude(self, link: Link, uid: str, item: Any) -> None:
         if (ticket := link.tickets.get(uid)) is not None:
+            self._settle(ticket)
             ticket.arrived.put_nowait(item)
 
     def _meet(self, worker: int, pid: int, address: str, facts: dict[str, Any]) -> None:
         if (before := self._links.get(worker)) is not None:
             self._lose(before, "another has taken its place")
         try:
-            self._links[worker] = _Link(worker, psutil.Process(pid), address)
+            self._links[worker] = Link(worker, psutil.Process(pid), address)
         except psutil.NoSuchProcess:
             return
         self._facts = facts
@@ -261,7 +222,7 @@ class EngineClient:
         self._router.block_size = facts["block_size"]
         self.default_sampling_params.update(facts["generation_defaults"])
 
-    def _lose(self, link: _Link, why: str) -> None:
+    def _lose(self, link: Link, why: str) -> None:
         """A worker is gone: nobody waits for it in vain."""
         if self._links.get(link.worker) is link:
             del self._links[link.worker]
@@ -271,9 +232,9 @@ class EngineClient:
             log.error("Worker %d (pid %d) is gone, %s", link.worker, link.process.pid, why)
         self._fail(link, f"Worker {link.worker} has ended: {why}.")
 
-    def _fail(self, link: _Link, message: str) -> None:
-        tickets, link.tickets = link.tickets, {}
-        for ticket in tickets.values():
+    def _fail(self, link: Link, message: str) -> None:
+        for ticket in list(link.tickets.values()):
+            self._settle(ticket)
             ticket.arrived.put_nowait(EngineDiedError(message))
 
     # -- the process's life --
@@ -299,14 +260,20 @@ class EngineClient:
     async def _watch(self) -> None:
         """Finds out what nobody could say: that a worker has died. And what the main process wants."""
         while True:
-            for link in list(self._links.values()):
-                if not link.alive:
-                    self._lose(link, "its process died")
-                elif self._board.phase >= Phase.ABORTING:
-                    for uid in link.tickets:
-                        self.transport.post(link.address, ["abort", uid])
-                    self._fail(link, "The server has ended before the answer did.")
+            try:
+                self._look()
+            except Exception:  # without this task nobody would hear of a death any more
+                log.exception("The workers could not be looked at")
             await asyncio.sleep(_WATCH)
+
+    def _look(self) -> None:
+        for link in list(self._links.values()):
+            if not link.alive:
+                self._lose(link, "its process died")
+            elif self._board.phase >= Phase.ABORTING:
+                for uid in link.tickets:
+                    self.transport.post(link.address, ["abort", uid])
+                self._fail(link, "The server has ended before the answer did.")
 
     # -- the rest --
 
@@ -318,61 +285,66 @@ class EngineClient:
     def _info(self, worker: int) -> WorkerInfo:
         state, link = self._board.workers[worker], self._links.get(worker)
         silence = self._board.silence(worker) if state.beat else None
+        goes_on = state.busy or (silence is not None and silence <= self.silence_limit)
         return WorkerInfo(
             id=worker,
             pid=state.pid,
-            ready=link is not None and state.ready and silence is not None and silence <= self.silence_limit,
+            ready=link is not None and state.ready and goes_on,
             busy=state.busy,
             steps=state.steps,
             silence=silence,
-            in_flight=0 if link is None else len(link.tickets),
+            in_flight=0 if link is None else link.requests,
         )
 
-    def _link_for(self, prompt_ids: Sequence[int], cache_salt: str) -> _Link:
+    def _link_for(self, prompt_ids: Sequence[int], cache_salt: str) -> Link:
         if self.draining:
             raise EngineDiedError("The server is about to end.")
-        # A silent one has long steps, which is better than none.
-        loads = {info.id: info.in_flight for info in self.workers if info.ready} or {
-            worker: len(link.tickets) for worker, link in self._links.items()
-        }
+        loads = {info.id: info.in_flight for info in self.workers if info.ready}
         if not loads:
             raise EngineDiedError("No worker is ready.")
         return self._links[self._router.choose(prompt_ids, cache_salt, loads)]
 
-    def _register(self, link: _Link) -> _Ticket:
+    def _register(self, link: Link, answers: int = 0) -> Ticket:
         """Before anything is sent, so that no answer comes too early."""
-        ticket = _Ticket(f"{self._consumer}.{next(self._numbers)}", link)
+        ticket = Ticket(f"{self._consumer}.{next(self._numbers)}", link, answers > 0, answers)
         link.tickets[ticket.uid] = ticket
+        if answers:
+            self._count(link, +1)
         return ticket
 
-    @staticmethod
-    async def _next(ticket: _Ticket) -> Any:
-        item = await ticket.arrived.get()
-        if isinstance(item, Exception):
-            raise item
-        return item
+    def _settle(self, ticket: Ticket) -> bool:
+        """Its last message has come, or nobody waits for it any more; whether it was still open."""
+        if ticket.link.tickets.pop(ticket.uid, None) is None:
+            return False
+        if ticket.is_request:
+            self._count(ticket.link, -1)
+        return True
 
-    def _count(self, change: int) -> None:
+    def _count(self, link: Link, change: int) -> None:
+        link.requests += change
         self._in_flight += change
         self._board.in_flight[self._consumer] = self._in_flight
 
     async def _ask_all(self, question: str) -> dict[int, Any]:
-        links = dict(sorted(self._links.items()))
-        answers = await asyncio.gather(*(self._ask(link, question) for link in links.values()), return_exceptions=True)
-        for answer in answers:
-            if isinstance(answer, BaseException) and not isinstance(answer, EngineDiedError | TimeoutError):
-                raise answer
-        replies = zip(links, answers, strict=True)
-        return {worker: answer for worker, answer in replies if not isinstance(answer, BaseException)}
+        links = [link for _, link in sorted(self._links.items())]
+        for link in links:
+            if question not in link.asking:
+                link.asking[question] = asyncio.create_task(self._learn(link, question))
+        if links:
+            await asyncio.wait([link.asking[question] for link in links], timeout=_PATIENCE)
+        return {link.worker: link.known[question] for link in links if question in link.known}
 
-    async def _ask(self, link: _Link, question: str) -> Any:
+    async def _learn(self, link: Link, question: str) -> None:
+        """However long it takes: what is asked next finds the answer."""
         ticket = self._register(link)
         try:
             self.transport.post(link.address, [question, ticket.uid])
-            async with asyncio.timeout(_PATIENCE):
-                return await self._next(ticket)
+            link.known[question] = await ticket.next()
+        except EngineDiedError:
+            link.known.clear()
         finally:
-            link.tickets.pop(ticket.uid, None)
+            self._settle(ticket)
+            del link.asking[question]
 
 
 class Fanout:

@@ -80,8 +80,10 @@ class _Worker:
         """Tells all HTTP processes where requests go, and what they must know of the model."""
         for consumer in range(self.transport.consumers):
             self._outbox[consumer] = [["hello", self.address, facts]]
+        board = self.transport.board
+        board.beat(self.worker_id, busy=False)  # before it counts as ready, or it would count as hanging since it began
+        board.workers[self.worker_id].ready = True
         self._send()
-        self.transport.board.workers[self.worker_id].ready = True
 
     def serve(self) -> None:
         """Goes on for ever; sleeps while there is nothing to do."""

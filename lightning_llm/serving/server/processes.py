@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 from types import FrameType
 from typing import Any
 
 from lightning_llm._processes import die_with
+from lightning_llm.errors import ConfigurationError
 from lightning_llm.serving.server.board import Board, Phase
 
 _guarded: set[int] = set()  # processes whose forked children are to end with them
+
+
+def check_main_module() -> None:
+    """A worker is spawned: it imports the program that started the server, which must not start one again.
+
+    Raises:
+        ConfigurationError: It does.
+    """
+    # As multiprocessing itself finds out (Python 3.11 to 3.14, spawn._check_not_importing_main).
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise ConfigurationError(
+            "A worker has imported the program that starts the server, and so came to start a server itself: "
+            'put what starts it under `if __name__ == "__main__":`.'
+        )
 
 
 def end_on_sigterm(board: Board) -> None:

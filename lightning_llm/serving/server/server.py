@@ -19,10 +19,12 @@ from litserve import LitServer
 from litserve.utils import WorkerSetupStatus
 
 from lightning_llm.errors import ConfigurationError, NoGoodCheckpointError
+from lightning_llm.serving.errors import ServerFailedError
+from lightning_llm.serving.loading import check_source
 from lightning_llm.serving.server.api import LLMServeAPI
 from lightning_llm.serving.server.board import Phase
 from lightning_llm.serving.server.http.bounded import BoundedHTTP
-from lightning_llm.serving.server.processes import guard_forks, unguard_forks
+from lightning_llm.serving.server.processes import check_main_module, guard_forks, unguard_forks
 from lightning_llm.serving.server.supervisor import Supervisor
 from lightning_llm.serving.server.transport import EngineTransport
 
@@ -71,7 +73,11 @@ class EngineServer(LitServer):
     @property
     def transport(self) -> EngineTransport | None:
         """None until workers are launched."""
-        return self.litapi_connector.lit_apis[0].spec.transport
+        return self._model_api.spec.transport
+
+    @property
+    def _model_api(self) -> LLMServeAPI:
+        return self.litapi_connector.lit_apis[0]
 
     def run(  # type: ignore[override]
         self, host: str = "0.0.0.0", port: int = 8000, *, num_api_servers: int = 1, **settings: Any
@@ -85,18 +91,24 @@ class EngineServer(LitServer):
             **settings: Of `LitServer.run` and of uvicorn, such as `log_level`.
 
         Raises:
-            ConfigurationError: The model cannot be served, as a worker said; or the address cannot be listened at.
+            ConfigurationError: The model is not there, or cannot be served, as a worker said; or the address cannot be
+                listened at.
             NoGoodCheckpointError: None of the checkpoints can be believed.
-            RuntimeError: Workers end before they are ready, or a process that speaks HTTP has died.
+            ServerFailedError: Workers end before they are ready, or a process that speaks HTTP has died.
         """
+        check_main_module()
         check_address(host, port)
+        check_source(self._model_api.model)
         settings = {"generate_client_file": False, "http": BoundedHTTP, **settings, "api_server_worker_type": "process"}
         self._main_pid = os.getpid()
+        scheme = "https" if settings.get("ssl_certfile") else "http"
+        shown = {"0.0.0.0": "localhost", "::": "localhost"}.get(host, host)
+        self._model_api.spec.url = f"{scheme}://{shown}:{port}"
         guard_forks()
         try:
             with self._signals():
                 super().run(host, port, num_api_servers, **settings)
-        except RuntimeError:
+        except ServerFailedError:
             self._raise_complaint()
             raise
         finally:
@@ -109,14 +121,14 @@ class EngineServer(LitServer):
         """Returns when a worker is ready. LitServe's would wait for ever for one that was killed while it loaded."""
         while WorkerSetupStatus.READY not in (statuses := self.workers_setup_status.values()):
             if WorkerSetupStatus.ERROR in statuses:
-                raise RuntimeError("A worker could not load the model.")
+                raise ServerFailedError("A worker could not load the model: it says above why.")
             if not any(worker.is_alive() for worker in self.inference_workers):
-                codes = ", ".join(str(worker.exitcode) for worker in self.inference_workers)
-                raise RuntimeError(f"Workers ended with {codes} before they were ready.")
+                raise ServerFailedError(_why_ended([worker.exitcode for worker in self.inference_workers]))
             wait([worker.sentinel for worker in self.inference_workers], timeout=0.05)
 
     def launch_inference_worker(self, lit_api: LLMServeAPI) -> list[BaseProcess]:
         """Tells the processes that follow who looks after them, unless it is a test that starts them without `run`."""
+        log.info("Loading %s ...", lit_api.model)
         processes = super().launch_inference_worker(lit_api)
         assert self.transport is not None
         self.transport.board.supervised = self._main_pid == os.getpid()
@@ -128,7 +140,7 @@ class EngineServer(LitServer):
         main thread: it is the parent of the workers, who end with it, and it is the one that signals interrupt."""
         assert self.transport is not None
         board = self.transport.board
-        lit_api = self.litapi_connector.lit_apis[0]
+        lit_api = self._model_api
         supervisor = Supervisor(
             board,
             self.inference_workers,
@@ -190,6 +202,16 @@ class EngineServer(LitServer):
                 if self.inference_workers[worker].exitcode == NoGoodCheckpointError.EXIT_CODE:
                     raise NoGoodCheckpointError(text) from None
                 raise ConfigurationError(text) from None
+
+
+def _why_ended(codes: list[int | None]) -> str:
+    """Of workers that have not got ready."""
+    if -signal.SIGKILL in codes:
+        return (
+            "A worker was killed (signal 9) before it was ready, as the kernel does when memory runs out: take fewer "
+            "workers, a smaller dtype or model, or fewer kv_cache_blocks."
+        )
+    return f"Workers ended with {', '.join(map(str, codes))} before they were ready: they say above why."
 
 
 def check_address(host: str, port: int) -> None:

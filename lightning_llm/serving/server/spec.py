@@ -8,6 +8,7 @@ that never ran `setup`; K8s' probes have no key), so they are taken off the app 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -23,8 +24,10 @@ from lightning_llm._processes import die_with
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.serving.server.client import EngineClient, Fanout
 from lightning_llm.serving.server.loop import FANOUT
-from lightning_llm.serving.server.processes import leave_signals_to_main
+from lightning_llm.serving.server.processes import check_main_module, leave_signals_to_main
 from lightning_llm.serving.server.transport import EngineTransport
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from lightning_llm.serving.server.api import LLMServeAPI
@@ -46,6 +49,7 @@ class EngineSpec(LitSpec):
         self.attach: Attach | None = attach
         self.transport: EngineTransport | None = None
         self.client: EngineClient | None = None
+        self.url = ""  # where an `EngineServer` listens
         self._api: LLMServeAPI | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -67,6 +71,7 @@ class EngineSpec(LitSpec):
         super().setup(server)
         if self.client is not None:
             return
+        check_main_module()
         real, api = self._server, self._api
         assert real is not None and api is not None
         if len(real.litapi_connector.lit_apis) > 1:
@@ -90,6 +95,7 @@ class EngineSpec(LitSpec):
             route for route in app.router.routes if not (isinstance(route, Route) and route.path in ours)
         ]
         self.attach(app, client)
+        has_page = any(isinstance(route, Route) and route.path == "/" for route in app.router.routes)
         lifespan = app.router.lifespan_context
 
         @asynccontextmanager
@@ -98,6 +104,9 @@ class EngineSpec(LitSpec):
                 die_with(transport.main_pid)
             leave_signals_to_main(transport.board)
             async with lifespan(app) as state, client.running(self.response_queue_id):
+                if self.response_queue_id == 0 and self.url:
+                    page = f"{self.url}/ (page), " if has_page else ""
+                    log.info("%s is ready: %s%s/v1 (API)", client.model_name, page, self.url)
                 yield state
 
         app.router.lifespan_context = with_client  # type: ignore[assignment]

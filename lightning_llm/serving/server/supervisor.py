@@ -10,6 +10,7 @@ from collections.abc import Callable
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 
+from lightning_llm.serving.errors import ServerFailedError
 from lightning_llm.serving.server.board import Board, Phase
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class Supervisor:
         """Returns when the server has been drained.
 
         Raises:
-            RuntimeError: It cannot go on.
+            ServerFailedError: It cannot go on.
         """
         while self.board.phase == Phase.SERVING and not self._is_shut_down():
             self._look_after_all()
@@ -87,7 +88,7 @@ class Supervisor:
                 self._end(worker)
         for frontend in self.frontends:
             if not frontend.is_alive():
-                raise RuntimeError(f"A process that speaks HTTP has ended with {frontend.exitcode}.")
+                raise ServerFailedError(f"A process that speaks HTTP has ended with {frontend.exitcode}.")
         alive = [process.sentinel for process in [*self.workers, *self.frontends] if process.is_alive()]
         wait(alive, timeout=_LOOK)
 
@@ -112,7 +113,7 @@ class Supervisor:
             self._failures[worker] = 0 if was_ready else self._failures[worker] + 1
             exitcode = self.workers[worker].exitcode
             if self._failures[worker] >= self._max_failures:
-                raise RuntimeError(f"Worker {worker} ended {self._failures[worker]} times before it was ready.")
+                raise ServerFailedError(f"Worker {worker} ended {self._failures[worker]} times before it was ready.")
             delay = min(2.0 ** self._failures[worker] - 1, _LONGEST_BACKOFF)
             log.error("Worker %d ended with %s; another is started in %g seconds", worker, exitcode, delay)
             self._start_at[worker] = now + delay

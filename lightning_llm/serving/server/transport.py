@@ -8,6 +8,7 @@ from end to end through its queues and 2 us to be sent through ZMQ; its own ZMQ 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
@@ -23,6 +24,8 @@ from lightning_llm.errors import ConfigurationError
 from lightning_llm.serving.server.board import Board
 from lightning_llm.serving.server.wire import pack, unpack
 
+_PREFIX = "lightning-llm-"
+_LOCK = "lock"  # a file that the main process has locked as long as it lives
 _LONGEST_PATH = 100  # bytes; a unix socket's address has 108, with the 0 at its end
 _LINGER = 1000  # milliseconds that a process which ends waits for its last messages to leave
 
@@ -40,12 +43,14 @@ class EngineTransport(MessageTransport):
     """
 
     def __init__(self, workers: int, consumers: int) -> None:
-        self.directory = Path(tempfile.mkdtemp(prefix="lightning-llm-"))  # for this user alone (0700)
+        sweep(Path(tempfile.gettempdir()))
+        self.directory = Path(tempfile.mkdtemp(prefix=_PREFIX))  # for this user alone (0700)
         if len(os.fsencode(self.directory)) + len("/worker-000-0000000") > _LONGEST_PATH:
             self.directory.rmdir()
             raise ConfigurationError(
                 f"{self.directory} is too long for the address of a unix socket: set TMPDIR to a shorter path."
             )
+        self._lock: int | None = _lock(self.directory)
         self.consumers = consumers
         self.board = Board(workers, consumers)
         self.main_pid = os.getpid()
@@ -54,7 +59,7 @@ class EngineTransport(MessageTransport):
         self._incoming: zmq.asyncio.Socket | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_context": None, "_outgoing": {}, "_incoming": None}
+        return {**self.__dict__, "_context": None, "_outgoing": {}, "_incoming": None, "_lock": None}
 
     # -- LitServe's side --
 
@@ -86,6 +91,9 @@ class EngineTransport(MessageTransport):
         """Removes the folder, in the main process."""
         if os.getpid() == self.main_pid:
             shutil.rmtree(self.directory, ignore_errors=True)
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
 
     def open_inbox(self, worker: int) -> tuple[zmq.Socket[bytes], str]:
         """In a worker: where its requests arrive, and the address, which its successor will not have."""
@@ -132,3 +140,30 @@ class EngineTransport(MessageTransport):
         if self._context is None:
             self._context = zmq.asyncio.Context()
         return self._context
+
+
+def sweep(parent: Path) -> None:
+    """Removes what servers of this user left that were killed. Locks tell, since pids do not: containers may share the
+    folder for temporary files, and each has pids of its own."""
+    for folder in parent.glob(f"{_PREFIX}*"):
+        try:
+            lock = os.open(folder / _LOCK, os.O_RDONLY | os.O_NOFOLLOW)
+        except OSError:  # not ours, or just made
+            continue
+        try:
+            if os.fstat(lock).st_uid == os.getuid():
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+        except BlockingIOError:
+            pass  # its server runs
+        finally:
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int:
+    """Kept by this process and those that it forks, who end with it."""
+    unlocked = folder / f".{_LOCK}"
+    lock = os.open(unlocked, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    unlocked.rename(folder / _LOCK)  # nobody finds it before it is locked
+    return lock

@@ -127,10 +127,9 @@ def test_equal_beginnings_go_to_the_same_worker_and_others_to_the_less_busy(serv
         server.generate([*range(50, 114), last], params={"max_tokens": 1})
     hits = [one["prefix_cache_hits"] - old for one, old in zip(server.ask()["stats"], before, strict=True)]
     assert sorted(hits) == [0, 3 * 64]
-    busy = [server.start([first] * 4, params={"max_tokens": 300, **GREEDY}).wait_for_first() for first in (20, 21)]
-    assert [worker["in_flight"] for worker in server.ask()["workers"]] == [1, 1]
-    for one in busy:
-        one.result()
+    with server.stream([20] * 4, params=LONG) as one, server.stream([21] * 4, params=LONG) as other:
+        next(one), next(other)
+        assert [worker["in_flight"] for worker in server.ask()["workers"]] == [1, 1]
 
 
 def test_the_event_loop_is_not_held_up_while_engines_work(server: Server) -> None:
@@ -173,7 +172,7 @@ def test_no_other_user_can_reach_the_sockets(server: Server) -> None:
 def test_workers_that_are_killed_or_hang_fail_their_own_requests_and_are_replaced(
     server: Server,
 ) -> None:
-    kept = server.start([41] * 40, params={"max_tokens": 600, **GREEDY}).wait_for_first()
+    kept = server.start([41] * 40, params={"max_tokens": 1500, **GREEDY}).wait_for_first()
     survivor = worker_with_requests(server)
     lost = server.start([40] * 40, params=LONG).wait_for_first()
     (victim,) = [one for one in server.ask()["workers"] if one["id"] != survivor["id"]]
@@ -183,7 +182,7 @@ def test_workers_that_are_killed_or_hang_fail_their_own_requests_and_are_replace
     assert lost.ended_at - killed_at < 2
     assert server.status() == 200  # there is another
     assert len(token_ids(server.generate([40] * 40, params={"max_tokens": 3, **GREEDY}))) == 3
-    assert len(token_ids(kept.result())) == 600
+    assert len(token_ids(kept.result())) == 1500
 
     lost = server.start([42] * 40, params=LONG).wait_for_first()
     os.kill(survivor["pid"], signal.SIGSTOP)
@@ -212,11 +211,11 @@ def test_sigterm_lets_what_runs_finish_and_refuses_what_comes(shared: Server) ->
     """The last of this module."""
     eventually(lambda: any(worker["ready"] for worker in shared.ask()["workers"]), 60)
     family = shared.family()
-    running = shared.start([43] * 40, params={"max_tokens": 600, **GREEDY}).wait_for_first()
+    running = shared.start([43] * 40, params={"max_tokens": 1500, **GREEDY}).wait_for_first()
     os.kill(shared.process.pid, signal.SIGTERM)
     eventually(lambda: shared.status() == 503, 5)
     assert "about to end" in shared.generate([1])[-1]["died"]
-    assert len(token_ids(running.result())) == 600
+    assert len(token_ids(running.result())) == 1500
     shared.process.join(30)
     assert shared.process.exitcode == 0
     gone, alive = psutil.wait_procs(family, timeout=10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
+import shutil
 import stat
 import sys
 import tempfile
@@ -14,6 +15,7 @@ import pytest
 from litserve.utils import LitAPIStatus, LoopResponseType
 
 from lightning_llm.errors import ConfigurationError
+from lightning_llm.serving.errors import ServerFailedError
 from lightning_llm.serving.server.board import Board, Phase
 from lightning_llm.serving.server.supervisor import Supervisor
 from lightning_llm.serving.server.transport import EngineTransport
@@ -51,6 +53,29 @@ def test_a_folder_that_is_no_address_of_a_socket_is_refused(tmp_path: Path, monk
     with pytest.raises(ConfigurationError, match="TMPDIR"):
         EngineTransport(1, 1)
     assert not list(deep.iterdir())
+
+
+def test_what_a_killed_server_left_is_removed_and_what_runs_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tempfile.mkdtemp(prefix="sweep-")  # pytest's have long names
+    monkeypatch.setattr(tempfile, "tempdir", folder)
+    try:
+        killed = multiprocessing.get_context("fork").Process(target=lambda: (EngineTransport(1, 1), os._exit(9)))
+        killed.start()
+        killed.join()
+        (left,) = Path(folder).iterdir()
+        other = Path(folder, "lightning-llm-is-another-thing")
+        other.mkdir()
+        running = EngineTransport(1, 1)
+        assert not left.exists()
+        after = EngineTransport(1, 1)
+        assert running.directory.exists() and after.directory.exists() and other.exists()
+        running.close()
+        after.close()
+        assert list(Path(folder).iterdir()) == [other]
+    finally:
+        shutil.rmtree(folder)
 
 
 def _report(board: Board) -> None:
@@ -93,6 +118,6 @@ def test_workers_that_never_become_ready_are_given_up() -> None:
         hang_timeout=60,
         max_failures=2,
     )
-    with pytest.raises(RuntimeError, match="Worker 0 ended 2 times before it was ready"):
+    with pytest.raises(ServerFailedError, match="Worker 0 ended 2 times before it was ready"):
         supervisor.run()
     assert started == [0, 0]

@@ -23,12 +23,16 @@ QUIET_ROUTES = frozenset({"/health", "/livez", "/readyz", "/load", "/metrics", "
 def log_config(format: LogFormat = "json", level: str = "INFO") -> dict[str, Any]:
     """What `logging.config.dictConfig` and uvicorn's `log_config` take: all of us on stderr, no access log beside ours.
 
+    What LitServe and uvicorn only inform of is left out, unless all is asked for: they say that they run while nobody
+    can connect yet. uvicorn's `log_level` counts for its own loggers, whatever this says.
+
     Args:
         format: "json" for machines, "text" for a terminal.
         level: Least that is logged.
     """
     formatter = JSONFormatter if format == "json" else TextFormatter
     ours = {"handlers": ["stderr"], "level": level.upper(), "propagate": False}
+    theirs = ours | {"level": library_level(level)}
     return {
         "version": 1,
         "disable_existing_loggers": False,
@@ -38,11 +42,16 @@ def log_config(format: LogFormat = "json", level: str = "INFO") -> dict[str, Any
         },
         "loggers": {
             "lightning_llm": ours,
-            "litserve": ours,
-            "uvicorn": ours,
+            "litserve": theirs,
+            "uvicorn": theirs,
             "uvicorn.access": {"handlers": [], "propagate": False},
         },
     }
+
+
+def library_level(level: str) -> str:
+    """Of LitServe and uvicorn, where this is ours."""
+    return "WARNING" if level.upper() == "INFO" else level.upper()
 
 
 def log_request(response: ResponseRecord, request: RequestRecord | None = None) -> None:
