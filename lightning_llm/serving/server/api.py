@@ -95,7 +95,11 @@ class LLMServeAPI(LitAPI):
             )
             tokenizer = loaded.tokenizer
             self.engine = Engine(
-                loaded.decoder, tokenizer.backend, self.engine_config, eos_token_ids=tokenizer.eos_token_ids
+                loaded.decoder,
+                tokenizer.backend,
+                self.engine_config,
+                eos_token_ids=tokenizer.eos_token_ids,
+                sharing=self.spec.workers_per_device,
             )
         except (ConfigurationError, NoGoodCheckpointError) as error:
             transport.complaint(worker).write_text(str(error), encoding="utf-8")
