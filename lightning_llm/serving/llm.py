@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lightning_llm.data.tokenizer import TOKENIZER_FILE
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.serving.engine.config import EngineConfig
 from lightning_llm.serving.engine.engine import Engine, Pooling
@@ -19,12 +20,14 @@ from lightning_llm.serving.engine.outputs import Completion, RequestOutput, Upda
 from lightning_llm.serving.engine.params import SamplingParams
 from lightning_llm.serving.errors import RequestError
 from lightning_llm.serving.loading import load_model
+from lightning_llm.serving.loading.folder import GENERATION_FILE
+from lightning_llm.serving.tokenizer import CONFIG_FILE, TEMPLATE_FILE, TEMPLATES_FOLDER
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Message = Mapping[str, Any]
 
 # What a model's folder has besides its weights and sizes.
-_WORDS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+_WORDS = (TOKENIZER_FILE, CONFIG_FILE, TEMPLATE_FILE, GENERATION_FILE)
 
 
 class LLM:
@@ -73,6 +76,7 @@ class LLM:
         self.decoder = loaded.decoder
         self.tokenizer = loaded.tokenizer
         self._folder = loaded.folder
+        self._chat_template = None if chat_template is None else Path(chat_template).read_text(encoding="utf-8")
         self.default_params = SamplingParams(**loaded.generation_defaults)
         self.engine = Engine(
             loaded.decoder, loaded.tokenizer.backend, config, eos_token_ids=loaded.tokenizer.eos_token_ids
@@ -168,12 +172,28 @@ class LLM:
         return [vectors[one.name] for one in asked]
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Writes a folder that transformers and `LLM` load."""
-        self.decoder.save_pretrained(folder)
-        for name in _WORDS:
-            if (self._folder / name).is_file():
-                shutil.copyfile(self._folder / name, Path(folder) / name)
-        return Path(folder)
+        """Writes a folder that transformers and `LLM` load, with the files of the tokenizer that the model came with,
+        and the chat template that it was given instead, if it was.
+
+        Raises:
+            ConfigurationError: The tokenizer's files are not there any more; nothing was written.
+        """
+        target = Path(folder)
+        if not (self._folder / TOKENIZER_FILE).is_file():
+            raise ConfigurationError(
+                f"{self._folder}, where the model was loaded from, has no {TOKENIZER_FILE} any more: put it back."
+            )
+        self.decoder.save_pretrained(target)
+        if not target.samefile(self._folder):
+            for name in _WORDS:
+                if (self._folder / name).is_file():
+                    shutil.copyfile(self._folder / name, target / name)
+            if (self._folder / TEMPLATES_FOLDER).is_dir():
+                shutil.copytree(self._folder / TEMPLATES_FOLDER, target / TEMPLATES_FOLDER, dirs_exist_ok=True)
+        if self._chat_template is not None:
+            (target / TEMPLATE_FILE).write_text(self._chat_template, encoding="utf-8")
+            shutil.rmtree(target / TEMPLATES_FOLDER, ignore_errors=True)  # which would go with the model's own
+        return target
 
     def _run(self, asked: Sequence[_Asked], take: Callable[[Update], None], pooling: Pooling | None = None) -> None:
         """Has the engine answer all of these; whatever is raised meanwhile, none of them stays with it."""

@@ -157,3 +157,31 @@ def test_prompts_come_in_several_forms(tmp_path):
         llm.generate(["a", "b"], params, priority=[1])
     with pytest.raises(RequestError, match="no SamplingParams"):
         llm.generate("a", {"max_tokens": 3})
+
+
+def test_what_is_saved_is_what_was_loaded(tmp_path):
+    folder = tmp_path / "model"
+    folder_of(make_decoder("llama", torch.float32), folder)
+    (folder / "chat_template.jinja").write_text("the model's")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("with tools")
+    template = tmp_path / "other.jinja"
+    template.write_text("{{ messages[0].content }}")
+    params = SamplingParams(temperature=0, max_tokens=4)
+    llm = LLM(folder, kv_cache_blocks=64)
+    expected = llm.generate("the fox", params)[0].token_ids
+    assert llm.save_pretrained(folder) == folder, "where it came from"
+    copied = llm.save_pretrained(tmp_path / "copied")
+    assert (copied / "additional_chat_templates" / "tool_use.jinja").read_text() == "with tools"
+    assert LLM(copied, kv_cache_blocks=64).generate("the fox", params)[0].token_ids == expected
+
+    llm = LLM(folder, chat_template=template, kv_cache_blocks=64)
+    template.unlink()
+    saved = LLM(llm.save_pretrained(copied), kv_cache_blocks=64)
+    assert saved.chat([{"role": "user", "content": "the fox"}], params)[0].token_ids == expected
+    assert not (copied / "additional_chat_templates").exists()
+
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ConfigurationError, match="has no tokenizer.json any more"):
+        llm.save_pretrained(tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()

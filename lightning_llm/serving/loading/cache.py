@@ -118,10 +118,12 @@ class ModelCache:
             if mode == fcntl.LOCK_SH and path.is_file():
                 return os.open(path, os.O_RDONLY)
             return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        except PermissionError:
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
             raise ConfigurationError(
-                f"{path} cannot be written: the cache belongs to another user and does not have this model, or it is "
-                f"damaged there. Have its owner load the model first, or set {CACHE_VARIABLE} to a folder of your own."
+                f"{path} cannot be written: the cache is another user's, or read-only, and does not have this model, or "
+                f"has it damaged. Have its owner load it first, or set {CACHE_VARIABLE} to a folder of your own."
             ) from None
 
     @contextmanager
