@@ -122,7 +122,7 @@ class ModelCache:
             if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
             raise ConfigurationError(
-                f"{path} cannot be written: the cache is another user's, or read-only, and does not have this model, or "
+                f"{path} cannot be written: the cache is another user's or read-only, and does not have this model, or "
                 f"has it damaged. Have its owner load it first, or set {CACHE_VARIABLE} to a folder of your own."
             ) from None
 

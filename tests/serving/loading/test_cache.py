@@ -209,7 +209,7 @@ def test_a_cache_of_another_user() -> None:
         assert pipe.poll(), "it wrote what came of it"
         found, error = pipe.recv()
     assert found == str(folder)
-    assert "another user's, or read-only, and does not have this model" in error
+    assert "another user's or read-only, and does not have this model" in error
 
 
 def as_another_user(root: str, end: Any) -> None:
