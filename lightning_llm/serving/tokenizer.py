@@ -20,6 +20,7 @@ from lightning_llm.serving.errors import RequestError
 
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATES_FOLDER = "additional_chat_templates"
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -202,7 +203,7 @@ def _read_templates(folder: Path, settings: Mapping[str, Any], chosen: str | Pat
             raise ConfigurationError(f"The chat template {chosen} cannot be read: {error}.") from None
     file = folder / TEMPLATE_FILE
     if file.is_file():
-        others = (folder / "additional_chat_templates").glob("*.jinja")
+        others = (folder / TEMPLATES_FOLDER).glob("*.jinja")
         found = {"default": file, **{other.stem: other for other in sorted(others)}}
         return {name: path.read_text(encoding="utf-8") for name, path in found.items()}, str(file)
     templates = settings.get("chat_template")

@@ -1,5 +1,6 @@
 """`LLM` against transformers, token for token."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -97,10 +98,90 @@ def test_mistakes_are_named(tmp_path):
     with pytest.raises(ConfigurationError, match="LLM has no setting kv_blocks; it has max_model_len, max_num_seqs"):
         LLM(folder, kv_blocks=3)
     llm = LLM(folder, kv_cache_blocks=64)
-    with pytest.raises(RequestError, match="There are 2 prompts and 1 params"):
+    with pytest.raises(RequestError, match="There are 2 prompts and 1 sampling_params"):
         llm.generate(["a", "b"], [SamplingParams()])
     with pytest.raises(RequestError, match="The prompt has no tokens"):
         llm.generate(["a", ""])
     assert not llm.engine.has_work
     with pytest.raises(RequestError, match="no chat template"):
         llm.chat([{"role": "user", "content": "hello"}])
+
+
+def test_nothing_stays_of_what_was_refused(tmp_path):
+    llm = LLM(folder_of(make_decoder("llama", torch.float32), tmp_path), kv_cache_blocks=64)
+    for ask in (llm.generate, llm.embed):
+        with pytest.raises(RequestError, match="The prompt has no tokens"):
+            ask(["the fox", ""])
+        assert not llm.engine.has_work
+        assert len(llm.generate("dog", SamplingParams(max_tokens=2))[0].token_ids) == 2
+
+
+def test_one_that_fails_does_not_take_the_others_along(tmp_path):
+    decoder = make_decoder("llama", torch.float32)
+    with torch.no_grad():
+        decoder.model.embed_tokens.weight[5] = torch.nan
+    llm = LLM(folder_of(decoder, tmp_path), kv_cache_blocks=64)
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    bad, good = llm.generate([[9, 5], [9, 7]], sampling_params=params)
+    assert bad.finish_reason == "error" and bad.error == bad.outputs[0].error and "NaN" in bad.error
+    assert good.finish_reason == "length" and good.error is None and len(good.token_ids) == 4
+
+
+def test_answers_end_with_the_context(tmp_path):
+    llm = LLM(folder_of(make_decoder("llama", torch.float32), tmp_path), kv_cache_blocks=64, max_model_len=32)
+    params = SamplingParams(temperature=0, max_tokens=500, min_tokens=400, ignore_eos=True)
+    output = llm.generate([1, 2, 3], params)[0]
+    assert (len(output.token_ids), output.finish_reason) == (29, "length")
+    with pytest.raises(RequestError, match="context is 32 tokens: the prompt has 32"):
+        llm.generate([1] * 32, params)
+
+
+def test_prompts_come_in_several_forms(tmp_path):
+    llm = LLM(folder_of(make_decoder("llama", torch.float32), tmp_path), kv_cache_blocks=64)
+    params = SamplingParams(temperature=0, max_tokens=2)
+    ids = llm.tokenizer.encode("the fox")
+    alike = llm.generate([{"prompt": "the fox"}, {"prompt_token_ids": ids}, np.array(ids).tolist(), "the fox"], params)
+    assert [output.prompt_token_ids for output in alike] == [ids] * 4
+    assert llm.generate({"prompt": "the fox"}, params)[0].token_ids == alike[0].token_ids
+    for wrong, message in (
+        ([[1.0, 2.0]], "Prompt 0 is neither a text nor a sequence of token ids: .1.0, 2.0."),
+        (["a", 7.5], "Prompt 1 is neither a text nor a sequence of token ids: 7.5"),
+        ("x\ud800", "half a surrogate pair at character 1"),
+        ({"prompts": "a"}, "Prompt 0 has prompts: it may have prompt and prompt_token_ids"),
+        (5, "prompts is a int"),
+    ):
+        for ask in (llm.generate, llm.embed):
+            with pytest.raises(RequestError, match=message):
+                ask(wrong)
+    with pytest.raises(RequestError, match="2 prompts and 1 priorities"):
+        llm.generate(["a", "b"], params, priority=[1])
+    with pytest.raises(RequestError, match="no SamplingParams"):
+        llm.generate("a", {"max_tokens": 3})
+
+
+def test_what_is_saved_is_what_was_loaded(tmp_path):
+    folder = tmp_path / "model"
+    folder_of(make_decoder("llama", torch.float32), folder)
+    (folder / "chat_template.jinja").write_text("the model's")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("with tools")
+    template = tmp_path / "other.jinja"
+    template.write_text("{{ messages[0].content }}")
+    params = SamplingParams(temperature=0, max_tokens=4)
+    llm = LLM(folder, kv_cache_blocks=64)
+    expected = llm.generate("the fox", params)[0].token_ids
+    assert llm.save_pretrained(folder) == folder, "where it came from"
+    copied = llm.save_pretrained(tmp_path / "copied")
+    assert (copied / "additional_chat_templates" / "tool_use.jinja").read_text() == "with tools"
+    assert LLM(copied, kv_cache_blocks=64).generate("the fox", params)[0].token_ids == expected
+
+    llm = LLM(folder, chat_template=template, kv_cache_blocks=64)
+    template.unlink()
+    saved = LLM(llm.save_pretrained(copied), kv_cache_blocks=64)
+    assert saved.chat([{"role": "user", "content": "the fox"}], params)[0].token_ids == expected
+    assert not (copied / "additional_chat_templates").exists()
+
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ConfigurationError, match="has no tokenizer.json any more"):
+        llm.save_pretrained(tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()

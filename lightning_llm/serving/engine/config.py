@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lightning_llm.errors import ConfigurationError
 
@@ -54,11 +55,14 @@ class EngineConfig:
     """The attention kernel, see `lightning_llm.serving.kernels.select`."""
 
     def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            if not _fits(getattr(self, name), hint):
+                raise ConfigurationError(f"{name} must be {_in_words(hint)}, not {getattr(self, name)!r}.")
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
             _positive(name, getattr(self, name))
         if self.max_model_len is not None:
             _positive("max_model_len", self.max_model_len)
-        if self.kv_cache_blocks != "auto":
+        if isinstance(self.kv_cache_blocks, int):
             _positive("kv_cache_blocks", self.kv_cache_blocks)
         if self.swap_blocks < 0:
             raise ConfigurationError(f"swap_blocks must be at least 0, not {self.swap_blocks}.")
@@ -71,6 +75,8 @@ class EngineConfig:
                 f"max_num_seqs {self.max_num_seqs} > max_num_batched_tokens {self.max_num_batched_tokens}: every "
                 "sequence needs a token of each step. Raise the second or lower the first."
             )
+        if self.batch_timeout < 0:
+            raise ConfigurationError(f"batch_timeout must be at least 0 seconds, not {self.batch_timeout}.")
         if self.priority_ageing <= 0:
             raise ConfigurationError(f"priority_ageing must be above 0 seconds, not {self.priority_ageing}.")
         if self.preemption == "swap" and not self.swap_blocks:
@@ -82,6 +88,25 @@ class EngineConfig:
         return self.enable_prefix_caching and self.kv == "paged"
 
 
-def _positive(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+def _positive(name: str, value: int) -> None:
+    if value < 1:
         raise ConfigurationError(f"{name} must be a positive integer, not {value!r}.")
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value is of a field's type; an integer is a number too, but True is no integer."""
+    if get_origin(hint) is Literal:
+        return isinstance(value, str) and value in get_args(hint)
+    if get_args(hint):
+        return any(_fits(value, one) for one in get_args(hint))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _in_words(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, get_args(hint)))
+    if get_args(hint):
+        return " or ".join(_in_words(one) for one in get_args(hint))
+    return {int: "an integer", float: "a number", bool: "True or False", str: "a text"}.get(hint, "None")

@@ -50,6 +50,7 @@ class Engine:
         config: Sizes and policies.
         eos_token_ids: Tokens that end an answer; None: what the model's config says.
         content: What keys and values depend on besides the tokens, such as the model's digest.
+        sharing: Engines that share the device and the host, this one included, each of which takes its part.
 
     Raises:
         ConfigurationError: The sizes do not fit the model or the memory.
@@ -63,11 +64,12 @@ class Engine:
         *,
         eos_token_ids: Collection[int] | None = None,
         content: str = "",
+        sharing: int = 1,
     ) -> None:
         config = config or EngineConfig()
         model = decoder.config
         weight = next(decoder.parameters())
-        num_blocks = cache_blocks(config, model, weight.dtype, weight.device)
+        num_blocks = cache_blocks(config, model, weight.dtype, weight.device, sharing=sharing)
         self.config = config
         self.max_model_len = longest_sequence(config, model, num_blocks)
         self.vocab_size = model.vocab_size

@@ -6,7 +6,9 @@ back is a single contiguous copy.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+import mmap
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ KV_DTYPES: dict[str, torch.dtype | None] = {"auto": None, "int8": torch.int8, "f
 """What keys and values may be kept as; "auto" is the model's own type."""
 
 _SCALE_DTYPE = torch.float32
+_CPU = torch.device("cpu")
 
 
 class KVCache:
@@ -75,13 +78,13 @@ class KVCache:
         # Ordinary tensors, whoever builds the cache: those of inference mode could not be written outside it. Zeros,
         # because an uninitialised NaN in a slot that is masked out would still spoil the sum that it is weighted 0 in.
         with torch.inference_mode(False):
-            self.data = torch.zeros((num_blocks, *shape), dtype=stored, device=device)
-            self._host = torch.zeros((host_blocks, *shape), dtype=stored, pin_memory=pinned)
+            self.data = _zeros((num_blocks, *shape), stored, self.device)
+            self._host = _zeros((host_blocks, *shape), stored, pinned=pinned)
             self.scales: Tensor | None = None
             self._host_scales: Tensor | None = None
             if stored != dtype:
-                self.scales = torch.zeros((num_blocks, *shape[:-1]), dtype=_SCALE_DTYPE, device=device)
-                self._host_scales = torch.zeros((host_blocks, *shape[:-1]), dtype=_SCALE_DTYPE, pin_memory=pinned)
+                self.scales = _zeros((num_blocks, *shape[:-1]), _SCALE_DTYPE, self.device)
+                self._host_scales = _zeros((host_blocks, *shape[:-1]), _SCALE_DTYPE, pinned=pinned)
         self._layers = [self._views(layer) for layer in range(config.num_hidden_layers)]
 
     @staticmethod
@@ -132,6 +135,16 @@ class KVCache:
 
 def _block_shape(config: DecoderConfig, block_size: int) -> tuple[int, int, int, int, int]:
     return config.num_hidden_layers, 2, block_size, config.num_key_value_heads, config.head_dim
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device = _CPU, *, pinned: bool = False) -> Tensor:
+    """Zeros. On a CPU they are pages of the system's that are taken when they are first written: a cache costs what is
+    used of it, where `torch.zeros` would write all of it at once."""
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or pinned or not size:
+        return torch.zeros(shape, dtype=dtype, device=device, pin_memory=pinned)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.uint8).view(dtype).view(*shape)
 
 
 def _stored_dtype(dtype: torch.dtype, kv_dtype: str) -> torch.dtype:

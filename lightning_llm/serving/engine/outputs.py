@@ -90,6 +90,7 @@ class Completion:
         finish_reason: "stop", "length", "abort" or "error".
         stop_reason: The stop string or stop token that it met.
         logprobs: Of each token, where asked for.
+        error: Why it could not be computed; what came before is there.
     """
 
     index: int
@@ -98,6 +99,7 @@ class Completion:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     logprobs: list[TokenLogprob] | None = None
+    error: str | None = None
 
     def add(self, update: Update) -> None:
         """Takes in what a step brought."""
@@ -107,6 +109,7 @@ class Completion:
             self.logprobs = (self.logprobs or []) + update.logprobs
         self.finish_reason = update.finish_reason or self.finish_reason
         self.stop_reason = self.stop_reason if update.stop_reason is None else update.stop_reason
+        self.error = update.error or self.error
 
 
 @dataclass
@@ -143,6 +146,11 @@ class RequestOutput:
     def finish_reason(self) -> FinishReason | None:
         """Of the first answer."""
         return self.outputs[0].finish_reason
+
+    @property
+    def error(self) -> str | None:
+        """Of the first answer that has one."""
+        return next((one.error for one in self.outputs if one.error is not None), None)
 
     @property
     def logprobs(self) -> list[TokenLogprob] | None:

@@ -64,14 +64,20 @@ class Runner:
     def max_length(config: DecoderConfig) -> int:
         """The longest sequence in tokens that can be served.
 
-        Usually what the model was made for. The rotary embeddings "dynamic" and "longrope" turn all tokens of a
-        sequence differently once it passes its original length; keys that are in the cache would be turned the old way,
-        and those that are not the new one. They are served up to that length.
+        Usually what the model was made for. "yarn" and "linear" stretch that by their factor, which a config may leave
+        to whoever serves the model to add (as Qwen2.5's do; vLLM reads them so, too).
+
+        The rotary embeddings "dynamic" and "longrope" turn all tokens of a sequence differently once it passes its
+        original length; keys that are in the cache would be turned the old way, and those that are not the new one.
+        They are served up to that length.
         """
         rope = Rope.of(config)
         settings = dict(rope.settings)
         if rope.kind == "longrope":
             return min(config.max_position_embeddings, settings["original_max_position_embeddings"])
+        if rope.kind in ("yarn", "linear"):
+            original = settings.get("original_max_position_embeddings", config.max_position_embeddings)
+            return max(config.max_position_embeddings, int(original * settings["factor"]))
         return config.max_position_embeddings
 
     @torch.inference_mode()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 
-import psutil
 import torch
 
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.models.config import DecoderConfig
 from lightning_llm.serving.engine.config import EngineConfig
+from lightning_llm.serving.engine.host_memory import available_memory
 from lightning_llm.serving.engine.kv_cache import KVCache
 from lightning_llm.serving.engine.runner import Runner
 
@@ -32,29 +32,62 @@ def block_bytes(config: EngineConfig, model: DecoderConfig, dtype: torch.dtype) 
     return KVCache.bytes_per_block(model, block_size=config.block_size, dtype=dtype, kv_dtype=config.kv_cache_dtype)
 
 
-def cache_blocks(config: EngineConfig, model: DecoderConfig, dtype: torch.dtype, device: torch.device) -> int:
+def cache_blocks(
+    config: EngineConfig, model: DecoderConfig, dtype: torch.dtype, device: torch.device, *, sharing: int = 1
+) -> int:
     """Blocks of the KV cache, the null block included.
 
+    Args:
+        config: Of the engine.
+        model: Of the decoder.
+        dtype: Of its weights.
+        device: Where the cache is to be.
+        sharing: Engines that share the device and the host, this one included: each takes its part of what is free.
+
     Raises:
-        ConfigurationError: The memory that is free has no room for a useful number.
+        ConfigurationError: The memory that is free has no room for a useful number, or not for what was asked for.
     """
-    if config.kv_cache_blocks != "auto":
-        return config.kv_cache_blocks + 1
     size = block_bytes(config, model, dtype)
-    if device.type == "cuda":
-        free, share = torch.cuda.mem_get_info(device)[0], _SHARE_OF_GPU
-    else:
-        free, share = psutil.virtual_memory().available, _SHARE_OF_HOST
-    share = config.memory_utilization or share
-    affordable = int(free * share) // size - 1
+    host = available_memory() // sharing
+    on_host = device.type != "cuda"
+    asked = 0 if config.kv_cache_blocks == "auto" else config.kv_cache_blocks + 1
+    _check_host(config, size, asked if on_host else 0, host, sharing)
+    if asked:
+        return asked
+    free = host if on_host else torch.cuda.mem_get_info(device)[0] // sharing
+    share = config.memory_utilization or (_SHARE_OF_HOST if on_host else _SHARE_OF_GPU)
+    swap = config.swap_blocks * size if on_host else 0
+    affordable = (int(free * share) - swap) // size - 1
     longest = -(-_length(config, model) // config.block_size)
     if affordable * config.block_size < _LEAST_LENGTH:
         raise ConfigurationError(
-            f"The KV cache may take {share:g} of the {free / 2**30:.2f} GiB of memory that is free, and a block of "
-            f"{config.block_size} tokens takes {size / 2**20:.2f} MiB: no room for a sequence. Free some memory, raise "
-            "memory_utilization, or use kv_cache_dtype='int8'."
+            f"The KV cache may take {share:g} of the {_gib(free)} of memory that is free{_of_engines(sharing)}"
+            + (f", {config.swap_blocks} swap_blocks take {_gib(swap)} of that" if swap else "")
+            + f", and a block of {config.block_size} tokens takes {size / 2**20:.2f} MiB: no room for a sequence. Free "
+            "some memory, raise memory_utilization, or use kv_cache_dtype='int8'."
         )
     return min(affordable, config.max_num_seqs * longest) + 1
+
+
+def _check_host(config: EngineConfig, size: int, blocks: int, free: int, sharing: int) -> None:
+    """Refuses more blocks on the host than it has room for: pages are taken when they are first used, so that it would
+    show in the middle of serving."""
+    needed = (config.swap_blocks + blocks) * size
+    if needed > free:
+        raise ConfigurationError(
+            f"{config.swap_blocks} swap_blocks"
+            + (f" and {blocks - 1} kv_cache_blocks (and one that belongs to nobody)" if blocks else "")
+            + f" of {size / 2**20:.2f} MiB take {_gib(needed)} of the host's memory, of which {_gib(free)} are free"
+            f"{_of_engines(sharing)}: lower them."
+        )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def _of_engines(sharing: int) -> str:
+    return f" for each of {sharing} engines" if sharing > 1 else ""
 
 
 def longest_sequence(config: EngineConfig, model: DecoderConfig, num_blocks: int) -> int:

@@ -1,7 +1,8 @@
 """Model folders that were fetched or converted, kept on this node: each is made once, while others wait for it.
 
     LIGHTNING_LLM_CACHE/models/<key>/model.safetensors, config.json, ..., entry.json
-                               <key>.lock
+                               <key>.lock    of who makes it, or looks at it
+                               <key>.used    of who has it loaded
 
 An entry comes into being by a rename, with the sizes and digests of its files; it is checked whenever it is used, and
 made again if it is damaged. Those used longest ago make room for new ones. `sources.py` calls it.
@@ -17,8 +18,9 @@ import logging
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -92,15 +94,50 @@ class ModelCache:
         """Whether there is such an entry, good or not."""
         return (self.folder / _key(identity) / ENTRY).is_file()
 
+    def hold(self, folder: Path, user: object) -> None:
+        """Keeps an entry from making room for others as long as `user` is alive. It may still be made again, if it is
+        damaged.
+
+        Args:
+            folder: What `entry` yielded, while its `with` lasts; folders from elsewhere are left alone.
+            user: What reads the folder, or has mapped its files; it can be referred to weakly.
+        """
+        if folder.parent != self.folder:
+            return
+        try:
+            file = self._open_lock(f"{folder.name}.used", fcntl.LOCK_SH)
+        except ConfigurationError:
+            return  # of a cache that others filled, in which only they make room
+        fcntl.flock(file, fcntl.LOCK_SH)  # waits for no one: to take it, `_remove` has to have the other lock
+        weakref.finalize(user, os.close, file)
+
+    def _open_lock(self, name: str, mode: int) -> int:
+        """A descriptor of a lock's file. Of one that is there, others than its owner may take shared locks."""
+        path = self.folder / name
+        try:
+            if mode == fcntl.LOCK_SH and path.is_file():
+                return os.open(path, os.O_RDONLY)
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            raise ConfigurationError(
+                f"{path} cannot be written: the cache is another user's or read-only, and does not have this model, or "
+                f"has it damaged. Have its owner load it first, or set {CACHE_VARIABLE} to a folder of your own."
+            ) from None
+
     @contextmanager
     def _locked(self, key: str, mode: int) -> Iterator[None]:
-        with (self.folder / f"{key}.lock").open("a") as file:
+        file = self._open_lock(f"{key}.lock", mode)
+        try:
             try:
                 fcntl.flock(file, mode | fcntl.LOCK_NB)
             except BlockingIOError:
                 log.info("Waiting for another process that is making %s.", self.folder / key)
                 fcntl.flock(file, mode)
             yield
+        finally:
+            os.close(file)
 
     def _is_good(self, folder: Path) -> bool:
         """Whether an entry is what was made once; says what is wrong if there is one and it is not."""
@@ -142,6 +179,7 @@ class ModelCache:
             for path in (*files, draft / ENTRY, draft):
                 sync(path)
             draft.chmod(0o755)
+            os.close(self._open_lock(f"{folder.name}.used", fcntl.LOCK_EX))  # for others, who may only read
             shutil.rmtree(folder, ignore_errors=True)
             draft.rename(folder)
             sync(self.folder)
@@ -170,14 +208,15 @@ class ModelCache:
                 total -= size
 
     def _remove(self, folder: Path) -> bool:
-        with (self.folder / f"{folder.name}.lock").open("a") as file:
-            try:
+        with suppress(BlockingIOError, ConfigurationError), ExitStack() as locks:
+            for name in (f"{folder.name}.lock", f"{folder.name}.used"):
+                file = self._open_lock(name, fcntl.LOCK_EX)
+                locks.callback(os.close, file)
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
             (folder / ENTRY).unlink(missing_ok=True)  # first: half an entry is none
             shutil.rmtree(folder, ignore_errors=True)
             return True
+        return False
 
 
 def _key(identity: Mapping[str, Any]) -> str:

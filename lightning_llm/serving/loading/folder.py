@@ -6,6 +6,7 @@ folder is ever run, and nothing is unpickled.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,12 @@ from lightning_llm.models.config import DecoderConfig
 from lightning_llm.models.decoder import Decoder
 from lightning_llm.models.expert_weights import PretrainedWeights
 from lightning_llm.models.weights import INDEX_FILE, SINGLE_FILE, torch_dtype, whole
+from lightning_llm.serving.engine.params import SamplingParams
+from lightning_llm.serving.errors import RequestError
 from lightning_llm.serving.tokenizer import CONFIG_FILE, ModelTokenizer, read_json
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+GENERATION_FILE = "generation_config.json"
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -57,8 +61,9 @@ def load_folder(
     place = Path(folder)
     check_folder(place)
     config = DecoderConfig.load(place)
-    generation = read_json(place / "generation_config.json")
-    ends = _ids(generation.get("eos_token_id"), place / "generation_config.json") | set(config.eos_token_ids)
+    generation = read_json(place / GENERATION_FILE)
+    defaults = _sampling(generation, place / GENERATION_FILE)
+    ends = _ids(generation.get("eos_token_id"), place / GENERATION_FILE) | set(config.eos_token_ids)
     words = ModelTokenizer.load(tokenizer or place, eos_token_ids=ends, chat_template=chat_template)
     if words.vocab_size > config.vocab_size:
         raise ConfigurationError(
@@ -66,9 +71,6 @@ def load_folder(
             f"rows, {words.vocab_size - config.vocab_size} too few: they are not of the same model."
         )
     decoder = load_decoder(place, config, dtype=dtype, device=device)
-    defaults = {key: generation[key] for key in _SAMPLING if generation.get(key) is not None}
-    if generation.get("do_sample") is False:
-        defaults = {"temperature": 0.0}
     return LoadedModel(name or place.resolve().name, decoder, words, place, defaults)
 
 
@@ -106,6 +108,19 @@ def check_folder(folder: Path) -> None:
 
 def _code_in(auto_map: Any) -> str:
     return ", ".join(map(str, auto_map.values())) if isinstance(auto_map, dict) else str(auto_map)
+
+
+def _sampling(generation: Mapping[str, Any], origin: Path) -> dict[str, Any]:
+    """What a `generation_config.json` says of sampling. Without `do_sample`, nothing is drawn; penalties stay."""
+    defaults = {key: generation[key] for key in _SAMPLING if generation.get(key) is not None}
+    if generation.get("do_sample") is False:
+        penalty = {key: value for key, value in defaults.items() if key == "repetition_penalty"}
+        defaults = {"temperature": 0.0} | penalty
+    try:
+        SamplingParams(**defaults)
+    except RequestError as error:
+        raise ConfigurationError(f"{origin}: {error} Correct it, or take it out.") from None
+    return defaults
 
 
 def _ids(value: Any, origin: Path) -> set[int]:

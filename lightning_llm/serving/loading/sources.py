@@ -56,17 +56,21 @@ def load_model(
         revision: Of a model on the hub; a commit pins it.
         tokenizer: A folder with a tokenizer, or its `tokenizer.json`, to use instead of the model's.
         chat_template: A file to use instead of the model's template.
-        cache: None: the one that `LIGHTNING_LLM_CACHE` names.
+        cache: None: the one that `LIGHTNING_LLM_CACHE` names. What is loaded from it stays there as long as the decoder
+            is alive.
 
     Raises:
         ConfigurationError: It is none of these, is damaged, or could only be loaded by running code that came with it.
         NoGoodCheckpointError: None of the checkpoints can be believed.
     """
-    with local_folder(source, dtype=dtype, revision=revision, cache=cache) as folder:
+    kept = cache or ModelCache()
+    with local_folder(source, dtype=dtype, revision=revision, cache=kept) as folder:
         called = name or _name_of(source)
-        return load_folder(
+        loaded = load_folder(
             folder, name=called, dtype=dtype, device=device, tokenizer=tokenizer, chat_template=chat_template
         )
+        kept.hold(folder, loaded.decoder)
+        return loaded
 
 
 def local_folder(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastapi import FastAPI
 from litserve import LitAPI
 
 from lightning_llm._processes import die_with
@@ -18,7 +19,7 @@ from lightning_llm.errors import ConfigurationError, NoGoodCheckpointError
 from lightning_llm.serving.engine.config import EngineConfig
 from lightning_llm.serving.engine.engine import Engine
 from lightning_llm.serving.loading import LoadedModel, load_model
-from lightning_llm.serving.server.app import put_together
+from lightning_llm.serving.server.client import EngineClient
 from lightning_llm.serving.server.loop import EngineLoop
 from lightning_llm.serving.server.spec import Attach, EngineSpec
 
@@ -40,7 +41,7 @@ class LLMServeAPI(LitAPI):
         revision: Of a model on the hub.
         chat_template: A file to use instead of the model's template.
         attach: Puts the routes onto LitServe's app, in front of an `EngineClient`; called once, in the main process.
-            None: `put_together`, with everything as it is by default.
+            None: `app.put_together`, with everything as it is by default.
         **settings: Fields of `EngineConfig`, such as `kv_cache_blocks`.
 
     Raises:
@@ -76,7 +77,7 @@ class LLMServeAPI(LitAPI):
         self.chat_template = chat_template
         self.engine: Engine
         self.facts: dict[str, Any] = {}
-        super().__init__(loop=EngineLoop(), spec=EngineSpec(attach or put_together))
+        super().__init__(loop=EngineLoop(), spec=EngineSpec(attach or _put_together))
 
     def setup(self, device: str) -> None:
         """In a worker: loads the model."""
@@ -100,7 +101,11 @@ class LLMServeAPI(LitAPI):
             )
             tokenizer = loaded.tokenizer
             self.engine = Engine(
-                loaded.decoder, tokenizer.backend, self.engine_config, eos_token_ids=tokenizer.eos_token_ids
+                loaded.decoder,
+                tokenizer.backend,
+                self.engine_config,
+                eos_token_ids=tokenizer.eos_token_ids,
+                sharing=self.spec.workers_per_device,
             )
         except (ConfigurationError, NoGoodCheckpointError) as error:
             transport.complaint(worker).write_text(str(error), encoding="utf-8")
@@ -111,6 +116,12 @@ class LLMServeAPI(LitAPI):
     def predict(self, x: Any, **kwargs: Any) -> Any:
         """LitServe's way to answer; `EngineLoop` steps the engine instead."""
         raise NotImplementedError("EngineLoop steps the engine; nothing calls predict")
+
+
+def _put_together(app: FastAPI, client: EngineClient) -> None:
+    from lightning_llm.serving.server.app import put_together  # here, because workers have no use for the routes
+
+    put_together(app, client)
 
 
 def _facts(loaded: LoadedModel, engine: Engine) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,7 @@ class EngineSpec(LitSpec):
         self.api_path = "/v1/completions"  # LitServe's name for it; `attach` puts the route there
         self.attach: Attach | None = attach
         self.transport: EngineTransport | None = None
+        self.workers_per_device = 1
         self.client: EngineClient | None = None
         self.url = ""  # where an `EngineServer` listens
         self._api: LLMServeAPI | None = None
@@ -79,8 +81,9 @@ class EngineSpec(LitSpec):
                 "LLMServeAPI is in one LitServer with another LitAPI: their messages take different ways. Give each "
                 "its own."
             )
-        workers = len(server._inference_workers_config_for_api(self.api_path))
-        self.transport = EngineTransport(workers, consumers=real.transport_config.num_consumers)
+        devices = server._inference_workers_config_for_api(self.api_path)
+        self.workers_per_device = max(Counter(map(str, devices)).values())
+        self.transport = EngineTransport(len(devices), consumers=real.transport_config.num_consumers)
         real._transport = self.transport
         self.client = EngineClient(self.transport, chat_template=api.chat_template)
         fanout = Fanout(self.client)

@@ -177,12 +177,23 @@ def test_a_rotation_is_bitwise_what_the_positions_give(scaling: dict[str, object
     assert torch.equal(decoder(ids, positions=rotation), decoder(ids, positions=positions))
 
 
-@pytest.mark.parametrize(("scaling", "length"), [(None, 96), (YARN, 96), (DYNAMIC, 96), (LONGROPE, 32)])
+@pytest.mark.parametrize(
+    ("scaling", "length"),
+    [
+        (None, 96),
+        (YARN, 384),
+        (YARN | {"original_max_position_embeddings": 32}, 128),
+        (YARN | {"original_max_position_embeddings": 16}, 96),
+        ({"rope_type": "linear", "factor": 2.0}, 192),
+        (DYNAMIC, 96),
+        (LONGROPE, 32),
+    ],
+)
 def test_lengths_are_served_as_far_as_earlier_keys_stay_right(scaling: dict[str, object] | None, length: int) -> None:
     config = DecoderConfig(**SMALL, rope_scaling=scaling)
     assert Runner.max_length(config) == length
     decoder = decoder_of(config, torch.float64)
-    runner = Runner(decoder, KVCache(config, 30, block_size=8, dtype=torch.float64))
+    runner = Runner(decoder, KVCache(config, 20 + length // 8, block_size=8, dtype=torch.float64))
     rng = random.Random(0)
     prompts = [[rng.randrange(61) for _ in range(n)] for n in (length, 5)]
     for states, wanted in zip(serve(runner, prompts, rng, longest=20), expected(decoder, prompts), strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +178,47 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigurationError, match=r"disk of .* is full: .*LIGHTNING_LLM_CACHE"):
         get(ModelCache(tmp_path), make)
+
+
+class User:
+    """Someone who has an entry loaded."""
+
+
+def test_what_is_loaded_stays_after_it_was_read(tmp_path: Path) -> None:
+    cache, make, user = ModelCache(tmp_path, limit=1500), Maker(), User()
+    with cache.entry({"source": "a"}, make) as folder:
+        cache.hold(folder, user)
+    other = get(cache, make, source="b")
+    assert folder.exists() and other.exists()
+    (folder / "config.json").unlink()
+    assert get(cache, make, source="a") == folder, "it is made again, and waits for nobody who has it loaded"
+    del user
+    get(cache, make, source="c")
+    assert not folder.exists()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_a_cache_of_another_user() -> None:
+    with tempfile.TemporaryDirectory() as root:
+        Path(root).chmod(0o755)
+        folder = get(ModelCache(root), Maker(), source="a")
+        pipe, end = multiprocessing.Pipe(duplex=False)
+        process = multiprocessing.get_context("fork").Process(target=as_another_user, args=(root, end))
+        process.start()
+        process.join()
+        assert pipe.poll(), "it wrote what came of it"
+        found, error = pipe.recv()
+    assert found == str(folder)
+    assert "another user's or read-only, and does not have this model" in error
+
+
+def as_another_user(root: str, end: Any) -> None:
+    os.setgid(65534)
+    os.setuid(65534)
+    cache, user = ModelCache(root), User()
+    with cache.entry({"source": "a"}, Maker()) as folder:
+        cache.hold(folder, user)
+    try:
+        get(cache, Maker(), source="b")
+    except ConfigurationError as error:
+        end.send((str(folder), str(error)))

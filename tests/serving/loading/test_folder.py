@@ -143,6 +143,12 @@ def test_what_its_makers_say_of_sampling(tmp_path: Path) -> None:
     assert model.tokenizer.eos_token_ids == {0, 7}
     (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": 0.6}))
     assert load_folder(tmp_path).generation_defaults == {"temperature": 0.0}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": False, "repetition_penalty": 1.1}))
+    assert load_folder(tmp_path).generation_defaults == {"temperature": 0.0, "repetition_penalty": 1.1}
+    for value in (1.5, "0.9", 0):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"top_p": value}))
+        with pytest.raises(ConfigurationError, match=r"generation_config\.json: top_p must be"):
+            load_folder(tmp_path)
 
 
 def test_another_tokenizer(tmp_path: Path) -> None:

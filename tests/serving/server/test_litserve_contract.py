@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import signal
+import subprocess
+import sys
 import threading
 from collections import deque
 from importlib.metadata import version
@@ -181,3 +183,16 @@ def test_litserves_helper_for_tests_starts_it(tmp_path) -> None:
     ):
         lines = client.post("/generate", json={"prompt_ids": [1], "params": {"max_tokens": 3}}).text.splitlines()
         assert '"finish_reason": "length"' in lines[-1]
+
+
+def test_workers_do_without_the_routes() -> None:
+    """LitServe sends the API to a worker, which imports its module."""
+    code = """
+import sys
+import lightning_llm.serving.server.api
+print(*sorted(name for name in sys.modules if name.startswith("lightning_llm.serving.server.")))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    known = {name.removeprefix("lightning_llm.serving.server.").partition(".")[0] for name in done.stdout.split()}
+    assert {"api", "loop", "spec"} <= known
+    assert not known & {"app", "http", "observability", "playground", "server"}
