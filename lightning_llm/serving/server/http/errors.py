@@ -29,6 +29,7 @@ _TYPES = {
     503: "service_unavailable_error",
     504: "timeout_error",
 }
+_MOST_COMPLAINTS = 32  # that are looked at
 _LONGEST_VALUE = 40  # characters of a field's value in a message
 
 
@@ -112,7 +113,7 @@ def _of_http(error: HTTPException) -> APIError:
 def _invalid(error: RequestValidationError) -> APIError:
     """The most deeply nested of pydantic's complaints; where a union has one for each of its branches, all of them."""
     found: dict[tuple[int | str, ...], list[dict[str, Any]]] = {}
-    for complaint in error.errors():
+    for complaint in error.errors()[:_MOST_COMPLAINTS]:
         found.setdefault(_path(complaint, error.body), []).append(complaint)
     path = max(found, key=len)
     complaints = found[path]

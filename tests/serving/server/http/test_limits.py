@@ -7,9 +7,10 @@ import socket
 
 import httpx
 import pytest
+from fastapi.exceptions import RequestValidationError
 
 from lightning_llm.errors import ConfigurationError
-from lightning_llm.serving.server.http import HTTPSettings, bounded
+from lightning_llm.serving.server.http import HTTPSettings, bounded, errors
 from tests.serving.server.http.served import Server, make_client, serve
 
 ROUTES = ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/generate", "/tokenize", "/detokenize"]
@@ -153,3 +154,31 @@ def test_the_same_request_id_twice_is_no_mistake(http: httpx.Client) -> None:
 def test_settings_that_cannot_be() -> None:
     with pytest.raises(ConfigurationError, match="max_body_bytes must be above 0, not 0"):
         HTTPSettings(max_body_bytes=0)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/completions", {"prompt": [True] * 50_000}, "prompt[0]"),
+        ("/v1/completions", {"prompt": [[True] * 10] * 5_000}, "prompt[0][0]"),
+        ("/v1/completions", {"prompt": "a", "stop": [1] * 50_000}, "stop[0]"),
+        ("/v1/completions", {"prompt": "a", "stop_token_ids": [1] * 50_000}, "stop_token_ids"),
+        ("/v1/completions", {"prompt": "a", "logit_bias": dict.fromkeys(map(str, range(50_000)), "x")}, "logit_bias"),
+        ("/v1/chat/completions", {"messages": [{}] * 50_000}, "messages[0].role"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}] * 50_000}, "messages"),
+    ],
+)
+def test_of_many_mistakes_a_few_are_looked_at(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch, path: str, body: dict, param: str
+) -> None:
+    complaints: list[int] = []
+    plain = errors._invalid
+
+    def counted(error: RequestValidationError) -> errors.APIError:
+        complaints.append(len(error.errors()))
+        return plain(error)
+
+    monkeypatch.setattr(errors, "_invalid", counted)
+    answer = http.post(path, json=body)
+    assert answer.status_code == 400 and error_of(answer)["param"] == param
+    assert complaints[0] < 10
