@@ -38,12 +38,12 @@ def attach(
         What the routes share.
     """
     service = Service(client, settings or HTTPSettings(), observer)
-    install(app, service.settings.retry_after)
+    install(app)
     describe(app)
     # The last is the outermost.
     app.add_middleware(CancelOnDisconnect)
     app.add_middleware(BodyLimits, settings=service.settings)
-    app.add_middleware(ErrorBoundary)
+    app.add_middleware(ErrorBoundary, retry_after=service.settings.retry_after)
     app.add_middleware(RequestIds)
     app.include_router(router(service), responses=ERRORS)
     return service

@@ -22,7 +22,7 @@ from lightning_llm.serving.server.http.responses import (
     CompletionResponse,
     UsageInfo,
 )
-from lightning_llm.serving.server.http.service import Job, Service
+from lightning_llm.serving.server.http.service import Job, Service, Tally, off_loop
 
 
 def completion_routes(service: Service) -> APIRouter:
@@ -34,8 +34,12 @@ def completion_routes(service: Service) -> APIRouter:
         """Continues texts."""
         service.admit(body.model)
         params = completion_params(body, service.client.default_sampling_params)
-        prompts = await service.encode_all(body.prompt, "prompt", add_special_tokens=body.add_special_tokens)
-        completions = Completions(service, body, service.job(request, body, "cmpl", prompts, params))
+        prompts = await service.encode_all(
+            body.prompt, "prompt", n=params.n, add_special_tokens=body.add_special_tokens
+        )
+        job = service.job(request, body, "cmpl", prompts, params)
+        size = sum(map(len, prompts)) if body.echo else 0
+        completions = await off_loop(size, lambda: Completions(service, body, job))  # echoes may have to be decoded
         if body.stream:
             return service.stream(completions.chunks(), request_id_of(request))
         return as_json(await completions.complete())
@@ -94,7 +98,7 @@ class Completions:
                     prompt_logprobs=of_prompt[0].prompt_logprobs,
                 )
                 choices.append(self._piece(place, whole))
-        return self._response(choices, tally.usage())
+        return self._response(choices, self._usage(tally))
 
     async def chunks(self) -> AsyncGenerator[CompletionResponse, None]:
         """Piece by piece, and at last what it cost."""
@@ -112,10 +116,10 @@ class Completions:
                     continue
                 chunk = self._response([self._piece(place, update)])
                 if with_usage:
-                    chunk.usage = tally.usage() if options and options.continuous_usage_stats else None
+                    chunk.usage = self._usage(tally) if options and options.continuous_usage_stats else None
                 yield chunk
         if with_usage:
-            yield self._response([], tally.usage())
+            yield self._response([], self._usage(tally))
 
     def _piece(self, place: int, update: Update) -> CompletionChoice:
         """What an update brought, with the prompt before it if it is the first and the prompt is wanted."""
@@ -146,6 +150,11 @@ class Completions:
         if reason is not None:
             piece.stop_reason = update.stop_reason
         return piece
+
+    def _usage(self, tally: Tally) -> UsageInfo:
+        if self._echoes_only:  # the token that was made is not shown
+            tally.completion_tokens = 0
+        return tally.usage()
 
     def _response(self, choices: list[CompletionChoice], usage: UsageInfo | None = None) -> CompletionResponse:
         response = CompletionResponse(

@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 from lightning_llm.serving.engine.params import MAX_N, MAX_STOP_STRINGS
 
 _INT32 = 2**31 - 1
+MAX_PRIORITY = 100
 _MOST_TOKENS = 1024  # that a request may name one by one
 _MOST_MESSAGES = 4096
 
@@ -106,6 +107,7 @@ class SamplingBody(ModelBody):
     guided_choice: Choices | None = None
     guided_grammar: str | None = None
     priority: Integer = 0
+    """Lower comes first, where the server schedules by priority; what is beyond ±`MAX_PRIORITY` counts as that."""
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
     user: Annotated[str, Field(max_length=1024)] | None = None
 
@@ -224,6 +226,7 @@ class EmbeddingRequest(ModelBody):
     dimensions: Integer | None = None
     user: Annotated[str, Field(max_length=1024)] | None = None
     priority: Integer = 0
+    """Lower comes first, where the server schedules by priority; what is beyond ±`MAX_PRIORITY` counts as that."""
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
 
 

@@ -8,6 +8,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
@@ -16,11 +17,12 @@ from starlette.requests import Request
 
 from lightning_llm.serving.engine.outputs import Completion, TokenLogprob, Update
 from lightning_llm.serving.engine.params import SamplingParams
-from lightning_llm.serving.errors import RequestError
+from lightning_llm.serving.errors import EngineDiedError, RequestError
 from lightning_llm.serving.server.http.client import EngineClient
 from lightning_llm.serving.server.http.errors import APIError, EngineFailedError, unavailable
 from lightning_llm.serving.server.http.limits import LONG
-from lightning_llm.serving.server.http.requests import EmbeddingRequest, SamplingBody
+from lightning_llm.serving.server.http.params import grammar_param
+from lightning_llm.serving.server.http.requests import MAX_PRIORITY, EmbeddingRequest, SamplingBody
 from lightning_llm.serving.server.http.responses import PromptTokensDetails, UsageInfo
 from lightning_llm.serving.server.http.settings import HTTPSettings
 from lightning_llm.serving.server.http.sse import EventStream
@@ -72,6 +74,7 @@ class Job:
         prompts: As tokens.
         param: The field that they came in.
         params: For all of them.
+        grammar_param: The field that says what the answers must look like.
         priority, cache_salt, pooling: See `Engine.add`.
         created: Seconds since 1970.
     """
@@ -82,6 +85,7 @@ class Job:
     prompts: list[list[int]]
     param: str = "prompt"
     params: SamplingParams
+    grammar_param: str = "response_format"
     priority: int = 0
     cache_salt: str = ""
     pooling: Literal["mean", "last"] | None = None
@@ -92,11 +96,21 @@ class Job:
         return Tally(sum(map(len, self.prompts)))
 
 
+class Watch(Protocol):
+    """Is shown what comes of a prompt."""
+
+    def on_update(self, update: Update, /) -> object:
+        """What a step brought."""
+
+    def on_error(self, error: Exception, /) -> object:
+        """It was refused (a `RequestError`), or could not be answered to its end."""
+
+
 class Observer(Protocol):
     """Whoever wants to know of requests: metrics, logs and traces."""
 
-    def __call__(self, job: Job, place: int, /) -> Callable[[Update], object]:
-        """A prompt, the one at `place`, goes to the engine. What this returns is shown what comes of it."""
+    def __call__(self, job: Job, place: int, /) -> Watch:
+        """A prompt, the one at `place`, goes to the engine."""
 
 
 class Service:
@@ -114,6 +128,8 @@ class Service:
         self.observer = observer
         self.started = int(time.time())
         self._longest: int | None = None
+        # Templates are rendered one after the other: what waits for its turn must not keep threads from others.
+        self._renderer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="chat-template")
 
     @property
     def fingerprint(self) -> str:
@@ -130,9 +146,9 @@ class Service:
             APIError: 503: there is no engine, or it is about to end; 404: the model is another.
         """
         if self.client.draining:
-            raise unavailable("The server is about to end; send this to another.", self.settings.retry_after)
+            raise unavailable("The server is about to end; send this to another.")
         if not self.client.ready:
-            raise unavailable("The model is not loaded.", self.settings.retry_after)
+            raise unavailable("The model is not loaded.")
         self.check_model(model)
 
     def check_model(self, model: str | None) -> None:
@@ -147,13 +163,22 @@ class Service:
         Raises:
             RequestError: It is too long, or nothing.
         """
-        if len(text) > self.client.max_model_len * await self._longest_token():
+        await self.check_length(len(text), param)
+        encode = self.client.tokenizer.encode
+        return await off_loop(len(text), lambda: encode(text, add_special_tokens=add_special_tokens))
+
+    async def check_length(self, characters: int, param: str) -> None:
+        """Refuses a text that cannot fit, whatever its tokens are."""
+        if characters > self.client.max_model_len * await self._longest_token():
             raise RequestError(
-                f"The model's context is {self.client.max_model_len} tokens: {param} has {len(text)} characters.",
+                f"The model's context is {self.client.max_model_len} tokens: {param} has {characters} characters.",
                 param=param,
                 code="context_length_exceeded",
             )
-        return await self.encode(text, add_special_tokens=add_special_tokens)
+
+    async def render(self, work: Callable[[], T]) -> T:
+        """Does what asks the chat template, in a thread: what templates do is not known to be short."""
+        return await asyncio.get_running_loop().run_in_executor(self._renderer, work)
 
     async def _longest_token(self) -> int:
         """Bytes, and so at least the characters, that one token may stand for."""
@@ -164,22 +189,18 @@ class Service:
             )
         return self._longest
 
-    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; a long one does not hold up the others."""
-        encode = self.client.tokenizer.encode
-        return await off_loop(len(text), lambda: encode(text, add_special_tokens=add_special_tokens))
-
     async def encode_all(
         self,
         given: str | list[str] | list[int] | list[list[int]],
         param: str,
         *,
+        n: int = 1,
         add_special_tokens: bool = True,
     ) -> list[list[int]]:
-        """Prompts in all of OpenAI's four forms.
+        """Prompts in all of OpenAI's four forms, each of which will have `n` answers.
 
         Raises:
-            RequestError: There are none, too many, or one is empty.
+            RequestError: There are none, too many, or one is empty or too long.
         """
         prompts: Sequence[str | list[int]]
         if isinstance(given, str) or (given and isinstance(given[0], int)):
@@ -188,13 +209,19 @@ class Service:
             prompts = given  # type: ignore[assignment]
         if not 1 <= len(prompts) <= self.settings.max_inputs:
             raise RequestError(f"{param} has {len(prompts)} texts: send 1 to {self.settings.max_inputs}.", param=param)
+        if len(prompts) * n > self.settings.max_inputs:
+            raise RequestError(
+                f"{len(prompts)} prompts with {n} answers each are {len(prompts) * n} answers; a request may have "
+                f"{self.settings.max_inputs}: lower n or send fewer prompts.",
+                param="n",
+            )
         encoded = []
         for place, one in enumerate(prompts):
             where = param if one is given or len(prompts) == 1 else f"{param}[{place}]"
             if isinstance(one, str):
                 ids = await self.encode_prompt(one, where, add_special_tokens=add_special_tokens)
             else:
-                ids = list(one)
+                ids = one
             self.check_prompt(ids, where)
             encoded.append(ids)
         return encoded
@@ -206,7 +233,13 @@ class Service:
         self.check_ids(ids, param)
 
     def check_ids(self, ids: Sequence[int], param: str) -> None:
-        """Refuses token ids that the model does not have."""
+        """Refuses more tokens than a context has, and ids that the model does not have."""
+        if len(ids) > self.client.max_model_len:
+            raise RequestError(
+                f"The model's context is {self.client.max_model_len} tokens: {param} has {len(ids)}.",
+                param=param,
+                code="context_length_exceeded",
+            )
         if (largest := max(ids, default=0)) >= self.client.vocab_size:
             raise RequestError(
                 f"{param}: token id {largest} is not in the vocabulary of {self.client.vocab_size}.", param=param
@@ -233,7 +266,8 @@ class Service:
             prompts=prompts,
             param=param,
             params=params,
-            priority=body.priority,
+            grammar_param="response_format" if params.grammar is None else grammar_param(body),
+            priority=max(-MAX_PRIORITY, min(body.priority, MAX_PRIORITY)),
             cache_salt=json.dumps([tenant, body.cache_salt]) if body.cache_salt else tenant,
             pooling=pooling,
         )
@@ -295,22 +329,23 @@ class Service:
             async with aclosing(updates):
                 async for update in updates:
                     if watch is not None:
-                        watch(update)
+                        watch.on_update(update)
                     if update.error is not None or update.finish_reason in ("error", "abort"):
                         raise EngineFailedError(update.error or "aborted")
                     yield update
-        except RequestError as error:
-            param = job.param if error.param == "prompt" else error.param
-            raise RequestError(str(error), param=param, code=error.code) from None
+        except Exception as error:
+            if watch is not None:
+                watch.on_error(error)
+            if isinstance(error, RequestError):
+                param = {"prompt": job.param, "response_format": job.grammar_param}.get(error.param or "", error.param)
+                raise RequestError(str(error), param=param, code=error.code) from None
+            if isinstance(error, EngineDiedError) and self.client.draining:
+                raise unavailable(str(error)) from None
+            raise
 
     def stream(self, events: AsyncGenerator[Any, None], request_id: str) -> EventStream:
         """An answer piece by piece."""
-        return EventStream(
-            events,
-            request_id=request_id,
-            ping_interval=self.settings.ping_interval,
-            retry_after=self.settings.retry_after,
-        )
+        return EventStream(events, request_id=request_id, ping_interval=self.settings.ping_interval)
 
     async def collect(self, job: Job) -> tuple[list[list[Answer]], Tally]:
         """All answers, by prompt and index, and what they cost."""

@@ -34,12 +34,17 @@ def token_routes(service: Service, style: ToolStyle) -> APIRouter:
                 variables=body.chat_template_kwargs,
             )
         else:
-            ids = await service.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
-        answer = TokenizeResponse(count=len(ids), max_model_len=service.client.max_model_len, tokens=ids)
-        if body.return_token_strs:
-            spell = service.client.tokenizer.token_bytes
-            answer.token_strs = [spell(token).decode("utf-8", errors="replace") for token in ids]
-        return as_json(answer)
+            ids = await service.encode_prompt(body.prompt or "", "prompt", add_special_tokens=body.add_special_tokens)
+
+        def answer() -> Response:
+            told = TokenizeResponse(count=len(ids), max_model_len=service.client.max_model_len, tokens=ids)
+            if body.return_token_strs:
+                spell = service.client.tokenizer.token_bytes
+                texts = {token: spell(token).decode("utf-8", errors="replace") for token in set(ids)}
+                told.token_strs = [texts[token] for token in ids]
+            return as_json(told)
+
+        return await off_loop(len(ids), answer)
 
     @router.post("/detokenize", response_model=DetokenizeResponse)
     async def detokenize(body: DetokenizeRequest) -> Response:
@@ -48,7 +53,10 @@ def token_routes(service: Service, style: ToolStyle) -> APIRouter:
         service.check_ids(body.tokens, "tokens")
         decode = service.client.tokenizer.decode
         skip = body.skip_special_tokens
-        text = await off_loop(len(body.tokens), lambda: decode(body.tokens, skip_special_tokens=skip))
-        return as_json(DetokenizeResponse(prompt=text))
+
+        def answer() -> Response:
+            return as_json(DetokenizeResponse(prompt=decode(body.tokens, skip_special_tokens=skip)))
+
+        return await off_loop(len(body.tokens), answer)
 
     return router

@@ -118,6 +118,10 @@ def test_keys_are_never_logged_and_prompts_only_if_they_are_given(format):
     assert "what is it?" in told
 
 
+def test_a_probe_that_is_told_to_wait_is_no_error():
+    assert not logged("json", (response(route="/readyz", path="/readyz", status=503),))
+
+
 def test_levels_follow_the_status_and_probes_are_quiet():
     probe = response(method="GET", route="/livez", path="/livez")
     failing = response(method="GET", route="/readyz", path="/readyz", status=503)
