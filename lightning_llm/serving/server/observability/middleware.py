@@ -14,7 +14,6 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lightning_llm.serving.engine.outputs import EngineStats
@@ -189,11 +188,12 @@ class ObservabilityMiddleware:
 
 
 def _route(scope: Scope) -> str:
-    """The path of the route, as it was declared; where a request was refused before it got there, of where it would."""
-    found = scope.get("route")
-    if found is None and "app" in scope:
-        found = next((route for route in scope["app"].routes if route.matches(scope)[0] is Match.FULL), None)
-    return getattr(found, "path", "other")
+    """The path of the route, as it was declared, also where a request was refused before it got there."""
+    if "route" in scope:
+        return getattr(scope["route"], "path", "other")
+    path = scope["path"]
+    declared = scope["app"].openapi()["paths"] if "app" in scope else {}
+    return path if scope["method"].lower() in declared.get(path, ()) else "other"
 
 
 @dataclass

@@ -107,7 +107,7 @@ def test_what_is_refused(http: httpx.Client, asked: dict, param: str | None) -> 
 
 
 def test_one_bad_prompt_stops_the_others(http: httpx.Client, server: Server) -> None:
-    answer = http.post("/v1/completions", json={"prompt": ["the", "x" * 2000], "max_tokens": 500, "ignore_eos": True})
+    answer = http.post("/v1/completions", json={"prompt": ["the", "x" * 900], "max_tokens": 500, "ignore_eos": True})
     assert answer.status_code == 400 and answer.json()["error"]["code"] == "context_length_exceeded"
     assert server.client.cancelled.get(timeout=10).endswith("-0")
     assert server.client.engine.stats().num_requests_running == 0

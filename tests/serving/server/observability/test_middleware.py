@@ -11,7 +11,8 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from lightning_llm.serving.engine.outputs import EngineStats
+from lightning_llm.serving.engine.outputs import EngineStats, Update
+from lightning_llm.serving.errors import EngineDiedError
 from lightning_llm.serving.server.observability.metrics import ServerMetrics
 from lightning_llm.serving.server.observability.middleware import Observability
 from lightning_llm.serving.server.observability.tracing import make_tracer
@@ -30,7 +31,7 @@ class Lines(logging.Handler):
         self.seen: list[dict] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.seen.append(record.fields)
+        self.seen.append({"level": record.levelname.lower(), **record.fields})
 
 
 @pytest.fixture
