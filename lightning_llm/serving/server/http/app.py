@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, FastAPI
 
 from lightning_llm.serving.server.http.chat import chat_routes
-from lightning_llm.serving.server.http.client import EngineClient
+from lightning_llm.serving.server.http.client import EngineLike
 from lightning_llm.serving.server.http.completions import completion_routes
 from lightning_llm.serving.server.http.conversation import ToolStyle
 from lightning_llm.serving.server.http.documentation import ERRORS, describe
@@ -21,7 +21,7 @@ from lightning_llm.serving.server.http.tokens import token_routes
 
 
 def attach(
-    app: FastAPI, client: EngineClient, settings: HTTPSettings | None = None, *, observer: Observer | None = None
+    app: FastAPI, client: EngineLike, settings: HTTPSettings | None = None, *, observer: Observer | None = None
 ) -> Service:
     """Lets an app answer OpenAI's API with an engine.
 

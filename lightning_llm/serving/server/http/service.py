@@ -18,7 +18,7 @@ from starlette.requests import Request
 from lightning_llm.serving.engine.outputs import Completion, TokenLogprob, Update
 from lightning_llm.serving.engine.params import SamplingParams
 from lightning_llm.serving.errors import EngineDiedError, RequestError
-from lightning_llm.serving.server.http.client import EngineClient
+from lightning_llm.serving.server.http.client import EngineLike
 from lightning_llm.serving.server.http.errors import APIError, EngineFailedError, unavailable
 from lightning_llm.serving.server.http.limits import LONG
 from lightning_llm.serving.server.http.params import grammar_param
@@ -122,7 +122,7 @@ class Service:
         observer: Is told of every prompt.
     """
 
-    def __init__(self, client: EngineClient, settings: HTTPSettings, observer: Observer | None = None) -> None:
+    def __init__(self, client: EngineLike, settings: HTTPSettings, observer: Observer | None = None) -> None:
         self.client = client
         self.settings = settings
         self.observer = observer

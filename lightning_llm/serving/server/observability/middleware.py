@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lightning_llm.serving.engine.outputs import EngineStats
-from lightning_llm.serving.server.http.client import EngineClient
+from lightning_llm.serving.server.http.client import EngineLike
 from lightning_llm.serving.server.http.service import Job
 from lightning_llm.serving.server.observability.logs import log_request
 from lightning_llm.serving.server.observability.metrics import RequestObserver, ServerMetrics
@@ -46,7 +46,7 @@ class Observability:
 
     def __init__(
         self,
-        client: EngineClient,
+        client: EngineLike,
         *,
         vllm_names: bool = False,
         tracer: RequestTracer | None = None,
