@@ -14,6 +14,7 @@ from lightning_llm.serving.engine.outputs import TokenLogprob, Update
 from lightning_llm.serving.server.http.conversation import ToolStyle, ToolUse, conversation_text, tool_use
 from lightning_llm.serving.server.http.documentation import as_json, events_or
 from lightning_llm.serving.server.http.errors import request_id_of
+from lightning_llm.serving.server.http.limits import ParsedRoute
 from lightning_llm.serving.server.http.logprobs import chat_logprobs
 from lightning_llm.serving.server.http.params import chat_params
 from lightning_llm.serving.server.http.requests import ChatCompletionRequest, JSONObject, Message, Tool
@@ -38,7 +39,7 @@ from lightning_llm.serving.server.http.tool_calls import CallPiece, ToolCallPars
 
 def chat_routes(service: Service, style: ToolStyle) -> APIRouter:
     """The router."""
-    router = APIRouter()
+    router = APIRouter(route_class=ParsedRoute)
 
     @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=events_or(ChatCompletionChunk))
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:

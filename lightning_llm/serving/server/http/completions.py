@@ -13,6 +13,7 @@ from starlette.responses import Response
 from lightning_llm.serving.engine.outputs import TokenLogprob, Update
 from lightning_llm.serving.server.http.documentation import as_json, events_or
 from lightning_llm.serving.server.http.errors import request_id_of
+from lightning_llm.serving.server.http.limits import ParsedRoute
 from lightning_llm.serving.server.http.logprobs import CompletionLogprobsWriter
 from lightning_llm.serving.server.http.params import completion_params
 from lightning_llm.serving.server.http.requests import CompletionRequest
@@ -27,7 +28,7 @@ from lightning_llm.serving.server.http.service import Job, Service, Tally, off_l
 
 def completion_routes(service: Service) -> APIRouter:
     """The router."""
-    router = APIRouter()
+    router = APIRouter(route_class=ParsedRoute)
 
     @router.post("/v1/completions", response_model=CompletionResponse, responses=events_or(CompletionResponse))
     async def create_completion(body: CompletionRequest, request: Request) -> Response:

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from lightning_llm.serving.engine.params import SamplingParams
 from lightning_llm.serving.errors import RequestError
 from lightning_llm.serving.server.http.documentation import as_json
+from lightning_llm.serving.server.http.limits import ParsedRoute
 from lightning_llm.serving.server.http.requests import EmbeddingRequest
 from lightning_llm.serving.server.http.responses import Embedding, EmbeddingResponse
 from lightning_llm.serving.server.http.service import Service
@@ -20,7 +21,7 @@ from lightning_llm.serving.server.http.service import Service
 
 def embedding_routes(service: Service) -> APIRouter:
     """The router."""
-    router = APIRouter()
+    router = APIRouter(route_class=ParsedRoute)
     known: set[int] = set()  # the one number of dimensions, once a text was embedded
 
     def check_dimensions(wanted: int | None) -> None:

@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from lightning_llm.serving.server.http.documentation import as_json, events
 from lightning_llm.serving.server.http.errors import request_id_of
+from lightning_llm.serving.server.http.limits import ParsedRoute
 from lightning_llm.serving.server.http.params import generate_params
 from lightning_llm.serving.server.http.requests import GenerateRequest
 from lightning_llm.serving.server.http.responses import GenerateResponse
@@ -19,7 +20,7 @@ from lightning_llm.serving.server.http.service import Job, Service
 
 def simple_routes(service: Service) -> APIRouter:
     """The router."""
-    router = APIRouter()
+    router = APIRouter(route_class=ParsedRoute)
 
     async def prepare(body: GenerateRequest, request: Request) -> Job:
         service.admit(body.model)

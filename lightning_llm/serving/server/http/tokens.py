@@ -9,6 +9,7 @@ from lightning_llm.serving.errors import RequestError
 from lightning_llm.serving.server.http.chat import chat_prompt
 from lightning_llm.serving.server.http.conversation import ToolStyle
 from lightning_llm.serving.server.http.documentation import as_json
+from lightning_llm.serving.server.http.limits import ParsedRoute
 from lightning_llm.serving.server.http.requests import DetokenizeRequest, TokenizeRequest
 from lightning_llm.serving.server.http.responses import DetokenizeResponse, TokenizeResponse
 from lightning_llm.serving.server.http.service import Service, off_loop
@@ -16,7 +17,7 @@ from lightning_llm.serving.server.http.service import Service, off_loop
 
 def token_routes(service: Service, style: ToolStyle) -> APIRouter:
     """The router."""
-    router = APIRouter()
+    router = APIRouter(route_class=ParsedRoute)
 
     @router.post("/tokenize", response_model=TokenizeResponse)
     async def tokenize(body: TokenizeRequest) -> Response:

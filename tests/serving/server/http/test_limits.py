@@ -286,3 +286,17 @@ def test_who_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_mistakes_in_forms_are_told_by_their_field(http: httpx.Client, form: dict, param: str) -> None:
     answer = http.post("/v1/completions", json={"prompt": "a", **form})
     assert answer.status_code == 400 and error_of(answer)["param"] == param
+
+
+def test_a_body_is_parsed_once(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    loads = json.loads
+
+    def counted(text: str | bytes, **options) -> object:
+        sizes.append(len(text))
+        return loads(text, **options)
+
+    content = json.dumps({"prompt": "the fox"})
+    monkeypatch.setattr(json, "loads", counted)
+    assert http.post("/tokenize", content=content, headers=JSON).status_code == 200
+    assert sizes.count(len(content)) == 1
