@@ -11,10 +11,11 @@ from lightning_llm.serving.server.http.conversation import ToolStyle
 from lightning_llm.serving.server.http.documentation import ERRORS, describe
 from lightning_llm.serving.server.http.embeddings import embedding_routes
 from lightning_llm.serving.server.http.errors import install
+from lightning_llm.serving.server.http.jobs import Observer
 from lightning_llm.serving.server.http.limits import BodyLimits
 from lightning_llm.serving.server.http.middleware import CancelOnDisconnect, ErrorBoundary, RequestIds
 from lightning_llm.serving.server.http.probes import probe_routes
-from lightning_llm.serving.server.http.service import Observer, Service
+from lightning_llm.serving.server.http.service import Service
 from lightning_llm.serving.server.http.settings import HTTPSettings
 from lightning_llm.serving.server.http.simple import simple_routes
 from lightning_llm.serving.server.http.tokens import token_routes

@@ -14,6 +14,7 @@ from lightning_llm.serving.engine.outputs import TokenLogprob, Update
 from lightning_llm.serving.server.http.conversation import ToolStyle, ToolUse, conversation_text, tool_use
 from lightning_llm.serving.server.http.documentation import as_json, events_or
 from lightning_llm.serving.server.http.errors import request_id_of
+from lightning_llm.serving.server.http.jobs import Answer, Job
 from lightning_llm.serving.server.http.limits import ParsedRoute
 from lightning_llm.serving.server.http.logprobs import chat_logprobs
 from lightning_llm.serving.server.http.params import chat_params
@@ -33,7 +34,7 @@ from lightning_llm.serving.server.http.responses import (
     ToolCallDelta,
     UsageInfo,
 )
-from lightning_llm.serving.server.http.service import Answer, Job, Service
+from lightning_llm.serving.server.http.service import Service
 from lightning_llm.serving.server.http.tool_calls import CallPiece, ToolCallParser
 
 
@@ -46,7 +47,7 @@ def chat_routes(service: Service, style: ToolStyle) -> APIRouter:
         """Answers a conversation."""
         service.admit(body.model)
         # What the template does with tools is found out by rendering it, at the first request that has some.
-        use = await service.render(lambda: tool_use(body, style)) if body.tools else tool_use(body, style)
+        use = await service.prompts.render(lambda: tool_use(body, style)) if body.tools else tool_use(body, style)
         params = chat_params(
             body, service.client.default_sampling_params, grammar=use.grammar, special=use.form.special
         )
@@ -76,7 +77,7 @@ async def chat_prompt(
     variables: JSONObject | None,
 ) -> list[int]:
     """The tokens of a conversation. What cannot fit is not rendered."""
-    await service.check_length(sum(map(_characters, messages)), "messages")
+    await service.prompts.check_length(sum(map(_characters, messages)), "messages")
 
     def render() -> str:
         return conversation_text(
@@ -88,9 +89,9 @@ async def chat_prompt(
             variables=variables,
         )
 
-    text = await service.render(render)
-    ids = await service.encode_prompt(text, "messages", add_special_tokens=False)
-    service.check_prompt(ids, "messages")
+    text = await service.prompts.render(render)
+    ids = await service.prompts.encode(text, "messages", add_special_tokens=False)
+    service.prompts.check(ids, "messages")
     return ids
 
 

@@ -13,7 +13,8 @@ from starlette.responses import Response
 from lightning_llm.serving.engine.outputs import TokenLogprob, Update
 from lightning_llm.serving.server.http.documentation import as_json, events_or
 from lightning_llm.serving.server.http.errors import request_id_of
-from lightning_llm.serving.server.http.limits import ParsedRoute
+from lightning_llm.serving.server.http.jobs import Job, Tally
+from lightning_llm.serving.server.http.limits import ParsedRoute, off_loop
 from lightning_llm.serving.server.http.logprobs import CompletionLogprobsWriter
 from lightning_llm.serving.server.http.params import completion_params
 from lightning_llm.serving.server.http.requests import CompletionRequest
@@ -23,7 +24,7 @@ from lightning_llm.serving.server.http.responses import (
     CompletionResponse,
     UsageInfo,
 )
-from lightning_llm.serving.server.http.service import Job, Service, Tally, off_loop
+from lightning_llm.serving.server.http.service import Service
 
 
 def completion_routes(service: Service) -> APIRouter:
@@ -35,7 +36,7 @@ def completion_routes(service: Service) -> APIRouter:
         """Continues texts."""
         service.admit(body.model)
         params = completion_params(body, service.client.default_sampling_params)
-        prompts = await service.encode_all(
+        prompts = await service.prompts.encode_all(
             body.prompt, "prompt", n=params.n, add_special_tokens=body.add_special_tokens
         )
         job = service.job(request, body, "cmpl", prompts, params)

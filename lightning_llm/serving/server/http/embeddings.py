@@ -34,7 +34,7 @@ def embedding_routes(service: Service) -> APIRouter:
     async def create_embedding(body: EmbeddingRequest, request: Request) -> Response:
         """Embeds texts."""
         service.admit(body.model)
-        texts = await service.encode_all(body.input, "input")
+        texts = await service.prompts.encode_all(body.input, "input")
         params = SamplingParams(max_tokens=1)
         job = service.job(request, body, "embd", texts, params, param="input", pooling=service.settings.pooling)
         vectors: list[list[float]] = [[] for _ in texts]

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Coroutine
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lightning_llm.serving.server.http.errors import APIError
 from lightning_llm.serving.server.http.settings import HTTPSettings
 
+T = TypeVar("T")
 LONG = 32 << 10  # characters or bytes; what takes longer is done in a thread, so that others are answered meanwhile
 _PARSED = "lightning_llm.json"  # in the scope
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -87,9 +88,12 @@ class BodyLimits:
             raise APIError(
                 415, "Send JSON: Content-Type must be application/json, without Content-Encoding.", code="not_json"
             )
-        if len(body) > LONG:
-            return await asyncio.to_thread(parse_json, body, self.settings.max_json_depth)
-        return parse_json(body, self.settings.max_json_depth)
+        return await off_loop(len(body), lambda: parse_json(body, self.settings.max_json_depth))
+
+
+async def off_loop(size: int, work: Callable[[], T]) -> T:
+    """Does `work` of some size, in a thread if it is long."""
+    return await asyncio.to_thread(work) if size > LONG else work()
 
 
 class ParsedRoute(APIRoute):

@@ -1,4 +1,4 @@
-"""`Service`: what all routes share: the engine, the settings, how prompts become tokens and answers come back."""
+"""`Service`: what all routes share: the engine, the settings, who is let in, and how answers come back."""
 
 from __future__ import annotations
 
@@ -7,110 +7,23 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal
 
 from starlette.requests import Request
 
-from lightning_llm.serving.engine.outputs import Completion, TokenLogprob, Update
+from lightning_llm.serving.engine.outputs import Completion, Update
 from lightning_llm.serving.engine.params import SamplingParams
 from lightning_llm.serving.errors import EngineDiedError, RequestError
 from lightning_llm.serving.server.http.client import EngineLike
 from lightning_llm.serving.server.http.errors import APIError, EngineFailedError, unavailable
-from lightning_llm.serving.server.http.limits import LONG
+from lightning_llm.serving.server.http.jobs import Answer, Job, Observer, Tally
 from lightning_llm.serving.server.http.params import grammar_param
+from lightning_llm.serving.server.http.prompts import Prompts
 from lightning_llm.serving.server.http.requests import MAX_PRIORITY, EmbeddingRequest, SamplingBody
-from lightning_llm.serving.server.http.responses import PromptTokensDetails, UsageInfo
 from lightning_llm.serving.server.http.settings import HTTPSettings
 from lightning_llm.serving.server.http.sse import EventStream
-
-T = TypeVar("T")
-
-
-@dataclass
-class Tally:
-    """What the answers to some prompts cost so far."""
-
-    prompt_tokens: int
-    completion_tokens: int = 0
-    cached: dict[int, int] = field(default_factory=dict)
-    """Tokens found in the prefix cache, by prompt."""
-
-    def add(self, place: int, update: Update) -> None:
-        """Counts an update of the prompt at `place`."""
-        self.completion_tokens += len(update.token_ids)
-        if update.usage is not None:
-            self.cached[place] = max(self.cached.get(place, 0), update.usage.cached_tokens)
-
-    def usage(self) -> UsageInfo:
-        """As it is told."""
-        return UsageInfo(
-            prompt_tokens=self.prompt_tokens,
-            completion_tokens=self.completion_tokens,
-            total_tokens=self.prompt_tokens + self.completion_tokens,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(self.cached.values())),
-        )
-
-
-@dataclass
-class Answer:
-    """One whole answer to one prompt."""
-
-    completion: Completion
-    prompt_logprobs: list[TokenLogprob | None] | None = None
-
-
-@dataclass(kw_only=True)
-class Job:
-    """Prompts of one HTTP request, and how they are to be answered.
-
-    Attributes:
-        request: Whose they are.
-        id: Of the answer, as the client sees it.
-        stream: Whether the answer goes out piece by piece.
-        prompts: As tokens.
-        param: The field that they came in.
-        params: For all of them.
-        grammar_param: The field that says what the answers must look like.
-        priority, cache_salt, pooling: See `Engine.add`.
-        created: Seconds since 1970.
-    """
-
-    request: Request
-    id: str
-    stream: bool = False
-    prompts: list[list[int]]
-    param: str = "prompt"
-    params: SamplingParams
-    grammar_param: str = "response_format"
-    priority: int = 0
-    cache_salt: str = ""
-    pooling: Literal["mean", "last"] | None = None
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    def tally(self) -> Tally:
-        """With nothing but the prompts."""
-        return Tally(sum(map(len, self.prompts)))
-
-
-class Watch(Protocol):
-    """Is shown what comes of a prompt."""
-
-    def on_update(self, update: Update, /) -> object:
-        """What a step brought."""
-
-    def on_error(self, error: Exception, /) -> object:
-        """It was refused (a `RequestError`), or could not be answered to its end."""
-
-
-class Observer(Protocol):
-    """Whoever wants to know of requests: metrics, logs and traces."""
-
-    def __call__(self, job: Job, place: int, /) -> Watch:
-        """A prompt, the one at `place`, goes to the engine."""
 
 
 class Service:
@@ -127,9 +40,7 @@ class Service:
         self.settings = settings
         self.observer = observer
         self.started = int(time.time())
-        self._longest: int | None = None
-        # Templates are rendered one after the other: what waits for its turn must not keep threads from others.
-        self._renderer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="chat-template")
+        self.prompts = Prompts(client, self.settings.max_inputs)
 
     @property
     def fingerprint(self) -> str:
@@ -156,94 +67,6 @@ class Service:
         if model is not None and model != self.client.model_name:
             name = model if len(model) <= 64 else model[:64] + "..."
             raise APIError(404, f"The model {name!r} does not exist.", param="model", code="model_not_found")
-
-    async def encode_prompt(self, text: str, param: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of what the model is to read. What cannot fit is not even looked at: that takes seconds.
-
-        Raises:
-            RequestError: It is too long, or nothing.
-        """
-        await self.check_length(len(text), param)
-        encode = self.client.tokenizer.encode
-        return await off_loop(len(text), lambda: encode(text, add_special_tokens=add_special_tokens))
-
-    async def check_length(self, characters: int, param: str) -> None:
-        """Refuses a text that cannot fit, whatever its tokens are."""
-        if characters > self.client.max_model_len * await self._longest_token():
-            raise RequestError(
-                f"The model's context is {self.client.max_model_len} tokens: {param} has {characters} characters.",
-                param=param,
-                code="context_length_exceeded",
-            )
-
-    async def render(self, work: Callable[[], T]) -> T:
-        """Does what asks the chat template, in a thread: what templates do is not known to be short."""
-        return await asyncio.get_running_loop().run_in_executor(self._renderer, work)
-
-    async def _longest_token(self) -> int:
-        """Bytes, and so at least the characters, that one token may stand for."""
-        if self._longest is None:
-            spell = self.client.tokenizer.token_bytes
-            self._longest = await off_loop(
-                self.client.vocab_size, lambda: max(len(spell(token)) for token in range(self.client.vocab_size))
-            )
-        return self._longest
-
-    async def encode_all(
-        self,
-        given: str | list[str] | list[int] | list[list[int]],
-        param: str,
-        *,
-        n: int = 1,
-        add_special_tokens: bool = True,
-    ) -> list[list[int]]:
-        """Prompts in all of OpenAI's four forms, each of which will have `n` answers.
-
-        Raises:
-            RequestError: There are none, too many, or one is empty or too long.
-        """
-        prompts: Sequence[str | list[int]]
-        if isinstance(given, str) or (given and isinstance(given[0], int)):
-            prompts = [given]  # type: ignore[list-item]
-        else:
-            prompts = given  # type: ignore[assignment]
-        if not 1 <= len(prompts) <= self.settings.max_inputs:
-            raise RequestError(f"{param} has {len(prompts)} texts: send 1 to {self.settings.max_inputs}.", param=param)
-        if len(prompts) * n > self.settings.max_inputs:
-            raise RequestError(
-                f"{len(prompts)} prompts with {n} answers each are {len(prompts) * n} answers; a request may have "
-                f"{self.settings.max_inputs}: lower n or send fewer prompts.",
-                param="n",
-            )
-        encoded = []
-        for place, one in enumerate(prompts):
-            where = param if one is given or len(prompts) == 1 else f"{param}[{place}]"
-            if isinstance(one, str):
-                ids = await self.encode_prompt(one, where, add_special_tokens=add_special_tokens)
-            else:
-                ids = one
-            self.check_prompt(ids, where)
-            encoded.append(ids)
-        return encoded
-
-    def check_prompt(self, ids: Sequence[int], param: str) -> None:
-        """Refuses what no engine can begin with."""
-        if not ids:
-            raise RequestError(f"{param} has no tokens: give at least one.", param=param)
-        self.check_ids(ids, param)
-
-    def check_ids(self, ids: Sequence[int], param: str) -> None:
-        """Refuses more tokens than a context has, and ids that the model does not have."""
-        if len(ids) > self.client.max_model_len:
-            raise RequestError(
-                f"The model's context is {self.client.max_model_len} tokens: {param} has {len(ids)}.",
-                param=param,
-                code="context_length_exceeded",
-            )
-        if (largest := max(ids, default=0)) >= self.client.vocab_size:
-            raise RequestError(
-                f"{param}: token id {largest} is not in the vocabulary of {self.client.vocab_size}.", param=param
-            )
 
     def job(
         self,
@@ -358,8 +181,3 @@ class Service:
                 answer.prompt_logprobs = update.prompt_logprobs or answer.prompt_logprobs
                 tally.add(place, update)
         return answers, tally
-
-
-async def off_loop(size: int, work: Callable[[], T]) -> T:
-    """Does `work` of some size, in a thread if it is long."""
-    return await asyncio.to_thread(work) if size > LONG else work()

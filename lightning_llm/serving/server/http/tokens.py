@@ -9,10 +9,10 @@ from lightning_llm.serving.errors import RequestError
 from lightning_llm.serving.server.http.chat import chat_prompt
 from lightning_llm.serving.server.http.conversation import ToolStyle
 from lightning_llm.serving.server.http.documentation import as_json
-from lightning_llm.serving.server.http.limits import ParsedRoute
+from lightning_llm.serving.server.http.limits import ParsedRoute, off_loop
 from lightning_llm.serving.server.http.requests import DetokenizeRequest, TokenizeRequest
 from lightning_llm.serving.server.http.responses import DetokenizeResponse, TokenizeResponse
-from lightning_llm.serving.server.http.service import Service, off_loop
+from lightning_llm.serving.server.http.service import Service
 
 
 def token_routes(service: Service, style: ToolStyle) -> APIRouter:
@@ -35,7 +35,7 @@ def token_routes(service: Service, style: ToolStyle) -> APIRouter:
                 variables=body.chat_template_kwargs,
             )
         else:
-            ids = await service.encode_prompt(body.prompt or "", "prompt", add_special_tokens=body.add_special_tokens)
+            ids = await service.prompts.encode(body.prompt or "", "prompt", add_special_tokens=body.add_special_tokens)
 
         def answer() -> Response:
             told = TokenizeResponse(count=len(ids), max_model_len=service.client.max_model_len, tokens=ids)
@@ -51,7 +51,7 @@ def token_routes(service: Service, style: ToolStyle) -> APIRouter:
     async def detokenize(body: DetokenizeRequest) -> Response:
         """The text of tokens."""
         service.check_model(body.model)
-        service.check_ids(body.tokens, "tokens")
+        service.prompts.check_ids(body.tokens, "tokens")
         decode = service.client.tokenizer.decode
         skip = body.skip_special_tokens
 

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lightning_llm.serving.engine.outputs import EngineStats
 from lightning_llm.serving.server.http.client import EngineLike
-from lightning_llm.serving.server.http.service import Job
+from lightning_llm.serving.server.http.jobs import Job
 from lightning_llm.serving.server.observability.logs import log_request
 from lightning_llm.serving.server.observability.metrics import RequestObserver, ServerMetrics
 from lightning_llm.serving.server.observability.record import Operation, RequestRecord, ResponseRecord, joined
