@@ -115,9 +115,10 @@ class ChatTemplate:
             )
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
         if name not in self._templates:
-            raise ConfigurationError(
-                f"{self._origin} has no template named 'default', only {', '.join(self._templates)}: choose one with "
-                "--chat-template FILE."
+            raise RequestError(
+                "This model answers only conversations with tools: its chat template has no part named 'default', only "
+                f"{', '.join(self._templates)}. Send tools, or have the server started with --chat-template FILE.",
+                param="messages",
             )
         known = {**self._special_tokens, **variables, "messages": messages}
         known |= {"tools": tools or None, "add_generation_prompt": add_generation_prompt}

@@ -231,3 +231,11 @@ def test_the_process_ends_with_the_template() -> None:
     del template
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_a_template_for_tools_alone_refuses_the_other_conversations() -> None:
+    template = ChatTemplate({"tool_use": "{{ tools | length }}"})
+    assert template.render([{"role": "user", "content": "a"}], tools=[{"type": "function"}]) == "1"
+    with pytest.raises(RequestError, match="only tool_use") as caught:
+        template.render([{"role": "user", "content": "a"}])
+    assert caught.value.param == "messages"

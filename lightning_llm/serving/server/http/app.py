@@ -5,23 +5,24 @@ from __future__ import annotations
 from fastapi import APIRouter, FastAPI
 
 from lightning_llm.serving.server.http.chat import chat_routes
-from lightning_llm.serving.server.http.client import EngineClient
+from lightning_llm.serving.server.http.client import EngineLike
 from lightning_llm.serving.server.http.completions import completion_routes
 from lightning_llm.serving.server.http.conversation import ToolStyle
 from lightning_llm.serving.server.http.documentation import ERRORS, describe
 from lightning_llm.serving.server.http.embeddings import embedding_routes
 from lightning_llm.serving.server.http.errors import install
+from lightning_llm.serving.server.http.jobs import Observer
 from lightning_llm.serving.server.http.limits import BodyLimits
 from lightning_llm.serving.server.http.middleware import CancelOnDisconnect, ErrorBoundary, RequestIds
 from lightning_llm.serving.server.http.probes import probe_routes
-from lightning_llm.serving.server.http.service import Observer, Service
+from lightning_llm.serving.server.http.service import Service
 from lightning_llm.serving.server.http.settings import HTTPSettings
 from lightning_llm.serving.server.http.simple import simple_routes
 from lightning_llm.serving.server.http.tokens import token_routes
 
 
 def attach(
-    app: FastAPI, client: EngineClient, settings: HTTPSettings | None = None, *, observer: Observer | None = None
+    app: FastAPI, client: EngineLike, settings: HTTPSettings | None = None, *, observer: Observer | None = None
 ) -> Service:
     """Lets an app answer OpenAI's API with an engine.
 
@@ -38,12 +39,12 @@ def attach(
         What the routes share.
     """
     service = Service(client, settings or HTTPSettings(), observer)
-    install(app, service.settings.retry_after)
+    install(app)
     describe(app)
     # The last is the outermost.
     app.add_middleware(CancelOnDisconnect)
     app.add_middleware(BodyLimits, settings=service.settings)
-    app.add_middleware(ErrorBoundary)
+    app.add_middleware(ErrorBoundary, retry_after=service.settings.retry_after)
     app.add_middleware(RequestIds)
     app.include_router(router(service), responses=ERRORS)
     return service

@@ -14,7 +14,8 @@ from lightning_llm.serving.engine.outputs import TokenLogprob, Update
 from lightning_llm.serving.server.http.conversation import ToolStyle, ToolUse, conversation_text, tool_use
 from lightning_llm.serving.server.http.documentation import as_json, events_or
 from lightning_llm.serving.server.http.errors import request_id_of
-from lightning_llm.serving.server.http.limits import LONG
+from lightning_llm.serving.server.http.jobs import Answer, Job
+from lightning_llm.serving.server.http.limits import ParsedRoute
 from lightning_llm.serving.server.http.logprobs import chat_logprobs
 from lightning_llm.serving.server.http.params import chat_params
 from lightning_llm.serving.server.http.requests import ChatCompletionRequest, JSONObject, Message, Tool
@@ -33,20 +34,20 @@ from lightning_llm.serving.server.http.responses import (
     ToolCallDelta,
     UsageInfo,
 )
-from lightning_llm.serving.server.http.service import Answer, Job, Service, off_loop
+from lightning_llm.serving.server.http.service import Service
 from lightning_llm.serving.server.http.tool_calls import CallPiece, ToolCallParser
 
 
 def chat_routes(service: Service, style: ToolStyle) -> APIRouter:
     """The router."""
-    router = APIRouter()
+    router = APIRouter(route_class=ParsedRoute)
 
     @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=events_or(ChatCompletionChunk))
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
         """Answers a conversation."""
         service.admit(body.model)
         # What the template does with tools is found out by rendering it, at the first request that has some.
-        use = await off_loop(LONG + 1 if body.tools else 0, lambda: tool_use(body, style))
+        use = await service.prompts.render(lambda: tool_use(body, style)) if body.tools else tool_use(body, style)
         params = chat_params(
             body, service.client.default_sampling_params, grammar=use.grammar, special=use.form.special
         )
@@ -75,7 +76,8 @@ async def chat_prompt(
     add_generation_prompt: bool,
     variables: JSONObject | None,
 ) -> list[int]:
-    """The tokens of a conversation. Templates are rendered in a thread: what they do is not known to be short."""
+    """The tokens of a conversation. What cannot fit is not rendered."""
+    await service.prompts.check_length(sum(map(_characters, messages)), "messages")
 
     def render() -> str:
         return conversation_text(
@@ -87,10 +89,16 @@ async def chat_prompt(
             variables=variables,
         )
 
-    text = await off_loop(LONG + 1, render)
-    ids = await service.encode_prompt(text, "messages", add_special_tokens=False)
-    service.check_prompt(ids, "messages")
+    text = await service.prompts.render(render)
+    ids = await service.prompts.encode(text, "messages", add_special_tokens=False)
+    service.prompts.check(ids, "messages")
     return ids
+
+
+def _characters(message: Message) -> int:
+    if isinstance(message.content, list):
+        return sum(len(part.text or "") for part in message.content)
+    return len(message.content or "")
 
 
 @dataclass
@@ -145,7 +153,7 @@ class Chat:
             index=completion.index,
             message=message,
             logprobs=self._logprobs(completion.logprobs or []),
-            finish_reason=_finish_reason(completion.finish_reason, parser),
+            finish_reason=self._finish_reason(completion.finish_reason, parser),
             stop_reason=completion.stop_reason,
         )
 
@@ -209,7 +217,14 @@ class Chat:
         for text in texts:
             yield piece(Delta(content=text) if isinstance(text, str) else _call_delta(text))
         if update.finish_reason is not None:
-            yield piece(Delta(), _finish_reason(update.finish_reason, choice.parser))
+            yield piece(Delta(), self._finish_reason(update.finish_reason, choice.parser))
+
+    def _finish_reason(self, reason: str | None, parser: ToolCallParser | None) -> FinishReason:
+        """As OpenAI has it: an answer that had to be a call of one function has come to its end, no more."""
+        if reason == "length":
+            return "length"
+        called = parser is not None and parser.num_calls and self._use.forced is None
+        return "tool_calls" if called else "stop"
 
 
 def _call_delta(piece: CallPiece) -> Delta:
@@ -218,9 +233,3 @@ def _call_delta(piece: CallPiece) -> Delta:
     if piece.id is not None:
         call.id, call.type, function.name = piece.id, "function", piece.name
     return Delta(tool_calls=[call])
-
-
-def _finish_reason(reason: str | None, parser: ToolCallParser | None) -> FinishReason:
-    if reason == "length":
-        return "length"
-    return "tool_calls" if parser is not None and parser.num_calls else "stop"

@@ -31,7 +31,7 @@ class Tokenizer(Protocol):
         """The bytes that a token stands for."""
 
 
-class EngineClient(Protocol):
+class EngineLike(Protocol):
     """The engine, as the process that speaks HTTP sees it."""
 
     @property

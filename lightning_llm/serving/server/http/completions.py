@@ -13,6 +13,8 @@ from starlette.responses import Response
 from lightning_llm.serving.engine.outputs import TokenLogprob, Update
 from lightning_llm.serving.server.http.documentation import as_json, events_or
 from lightning_llm.serving.server.http.errors import request_id_of
+from lightning_llm.serving.server.http.jobs import Job, Tally
+from lightning_llm.serving.server.http.limits import ParsedRoute, off_loop
 from lightning_llm.serving.server.http.logprobs import CompletionLogprobsWriter
 from lightning_llm.serving.server.http.params import completion_params
 from lightning_llm.serving.server.http.requests import CompletionRequest
@@ -22,20 +24,24 @@ from lightning_llm.serving.server.http.responses import (
     CompletionResponse,
     UsageInfo,
 )
-from lightning_llm.serving.server.http.service import Job, Service
+from lightning_llm.serving.server.http.service import Service
 
 
 def completion_routes(service: Service) -> APIRouter:
     """The router."""
-    router = APIRouter()
+    router = APIRouter(route_class=ParsedRoute)
 
     @router.post("/v1/completions", response_model=CompletionResponse, responses=events_or(CompletionResponse))
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         """Continues texts."""
         service.admit(body.model)
         params = completion_params(body, service.client.default_sampling_params)
-        prompts = await service.encode_all(body.prompt, "prompt", add_special_tokens=body.add_special_tokens)
-        completions = Completions(service, body, service.job(request, body, "cmpl", prompts, params))
+        prompts = await service.prompts.encode_all(
+            body.prompt, "prompt", n=params.n, add_special_tokens=body.add_special_tokens
+        )
+        job = service.job(request, body, "cmpl", prompts, params)
+        size = sum(map(len, prompts)) if body.echo else 0
+        completions = await off_loop(size, lambda: Completions(service, body, job))  # echoes may have to be decoded
         if body.stream:
             return service.stream(completions.chunks(), request_id_of(request))
         return as_json(await completions.complete())
@@ -94,7 +100,7 @@ class Completions:
                     prompt_logprobs=of_prompt[0].prompt_logprobs,
                 )
                 choices.append(self._piece(place, whole))
-        return self._response(choices, tally.usage())
+        return self._response(choices, self._usage(tally))
 
     async def chunks(self) -> AsyncGenerator[CompletionResponse, None]:
         """Piece by piece, and at last what it cost."""
@@ -112,10 +118,10 @@ class Completions:
                     continue
                 chunk = self._response([self._piece(place, update)])
                 if with_usage:
-                    chunk.usage = tally.usage() if options and options.continuous_usage_stats else None
+                    chunk.usage = self._usage(tally) if options and options.continuous_usage_stats else None
                 yield chunk
         if with_usage:
-            yield self._response([], tally.usage())
+            yield self._response([], self._usage(tally))
 
     def _piece(self, place: int, update: Update) -> CompletionChoice:
         """What an update brought, with the prompt before it if it is the first and the prompt is wanted."""
@@ -146,6 +152,11 @@ class Completions:
         if reason is not None:
             piece.stop_reason = update.stop_reason
         return piece
+
+    def _usage(self, tally: Tally) -> UsageInfo:
+        if self._echoes_only:  # the token that was made is not shown
+            tally.completion_tokens = 0
+        return tally.usage()
 
     def _response(self, choices: list[CompletionChoice], usage: UsageInfo | None = None) -> CompletionResponse:
         response = CompletionResponse(

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_llm.serving.engine.params import Grammar
 from lightning_llm.serving.errors import RequestError
-from lightning_llm.serving.server.http.client import EngineClient, Tokenizer
+from lightning_llm.serving.server.http.client import EngineLike, Tokenizer
 from lightning_llm.serving.server.http.params import schema_grammar
 from lightning_llm.serving.server.http.requests import (
     ChatCompletionRequest,
@@ -47,7 +47,7 @@ class ToolStyle:
         chosen: What the operator says; "auto": look.
     """
 
-    def __init__(self, client: EngineClient, chosen: ToolParserName) -> None:
+    def __init__(self, client: EngineLike, chosen: ToolParserName) -> None:
         self._client = client
         self._chosen = chosen
 

@@ -18,13 +18,11 @@ Responses = dict[int | str, JSONObject]
 
 _ERRORS = {
     400: "Something is wrong with the request; `param` names the field.",
-    401: "The key is missing or wrong.",
     404: "There is no such model.",
     408: "The body did not arrive in time.",
     413: "The body is too large.",
     415: "The body is not JSON.",
     431: "The headers are too large.",
-    429: "Too many requests or tokens of this client.",
     500: "The server failed.",
     503: "The server is not ready, full or about to end.",
 }

@@ -16,19 +16,17 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from lightning_llm.errors import ConfigurationError
 from lightning_llm.serving.errors import EngineDiedError, RequestError
 from lightning_llm.serving.server.http.responses import ErrorObject, ErrorResponse
 
 log = logging.getLogger(__name__)
 
 _TYPES = {
-    401: "authentication_error",
-    403: "permission_error",
-    429: "rate_limit_error",
     500: "server_error",
     503: "service_unavailable_error",
-    504: "timeout_error",
 }
+_MOST_COMPLAINTS = 32  # that are looked at
 _LONGEST_VALUE = 40  # characters of a field's value in a message
 
 
@@ -75,12 +73,12 @@ class EngineFailedError(Exception):
     """The engine could not compute a request, or gave it up; the text is the engine's, for the log."""
 
 
-def unavailable(message: str, retry_after: int, *, code: str = "service_unavailable") -> APIError:
+def unavailable(message: str, *, code: str = "service_unavailable") -> APIError:
     """503: nothing is wrong with the request, but this server cannot take it now; another may."""
-    return APIError(503, message, code=code, headers={"Retry-After": str(retry_after), "Connection": "close"})
+    return APIError(503, message, code=code, headers={"Connection": "close"})
 
 
-def as_api_error(error: BaseException, request_id: str, *, retry_after: int = 5) -> APIError:
+def as_api_error(error: BaseException, request_id: str) -> APIError:
     """What to tell a client of an exception. What is not its own fault is logged, without the request's content."""
     match error:
         case APIError():
@@ -92,13 +90,15 @@ def as_api_error(error: BaseException, request_id: str, *, retry_after: int = 5)
         case HTTPException():
             return _of_http(error)
         case EngineDiedError():
-            log.error("Request %s was not answered: the engine is gone", request_id)
-            return unavailable(f"The engine is not running; try again (request {request_id}).", retry_after)
+            log.error("Request %s was not answered: %s", request_id, error)
+            return unavailable(f"{error} Try again (request {request_id}).")
         case EngineFailedError():
             log.error("Request %s failed in the engine: %s", request_id, error)
-    if not isinstance(error, EngineFailedError):
-        frames = "".join(traceback.format_tb(error.__traceback__))
-        log.error("Request %s failed with %s:\n%s", request_id, type(error).__name__, frames)
+        case ConfigurationError():  # the operator's mistake, in our own words
+            log.error("Request %s failed: %s", request_id, error)
+        case _:
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            log.error("Request %s failed with %s:\n%s", request_id, type(error).__name__, frames)
     return APIError(500, f"The server failed to answer (request {request_id}).", code="internal_error")
 
 
@@ -112,7 +112,7 @@ def _of_http(error: HTTPException) -> APIError:
 def _invalid(error: RequestValidationError) -> APIError:
     """The most deeply nested of pydantic's complaints; where a union has one for each of its branches, all of them."""
     found: dict[tuple[int | str, ...], list[dict[str, Any]]] = {}
-    for complaint in error.errors():
+    for complaint in error.errors()[:_MOST_COMPLAINTS]:
         found.setdefault(_path(complaint, error.body), []).append(complaint)
     path = max(found, key=len)
     complaints = found[path]
@@ -160,11 +160,11 @@ def request_id_of(request: Request) -> str:
     return request.scope.get("state", {}).get("request_id", "unknown")
 
 
-def install(app: FastAPI, retry_after: int) -> None:
+def install(app: FastAPI) -> None:
     """Answers what routes raise with error objects. What nobody foresaw is `ErrorBoundary`'s."""
 
     async def answer(request: Request, error: Exception) -> Response:
-        return as_api_error(error, request_id_of(request), retry_after=retry_after).response()
+        return as_api_error(error, request_id_of(request)).response()
 
     for kind in (APIError, RequestError, RequestValidationError, HTTPException, EngineDiedError, EngineFailedError):
         app.add_exception_handler(kind, answer)

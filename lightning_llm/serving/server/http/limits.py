@@ -9,20 +9,26 @@ import asyncio
 import json
 import math
 import re
-from typing import Any, NoReturn
+from collections.abc import Callable, Coroutine
+from typing import Any, NoReturn, TypeVar
 
+from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lightning_llm.serving.server.http.errors import APIError
 from lightning_llm.serving.server.http.settings import HTTPSettings
 
+T = TypeVar("T")
 LONG = 32 << 10  # characters or bytes; what takes longer is done in a thread, so that others are answered meanwhile
+_PARSED = "lightning_llm.json"  # in the scope
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class BodyLimits:
-    """Refuses what no route should see. The rest gets the body as one message."""
+    """Refuses what no route should see. The rest gets the body as one message, and parsed (`ParsedRoute`)."""
 
     def __init__(self, app: ASGIApp, settings: HTTPSettings) -> None:
         self.app = app
@@ -37,7 +43,8 @@ class BodyLimits:
             body = await self._read(Headers(scope=scope), receive)
             if body is None:
                 return  # the client went away before it had said what it wants
-            await self._check(scope, body)
+            if body:
+                scope[_PARSED] = await self._parse(scope, body)
         except APIError as error:
             return await error.response()(scope, receive, send)
         first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
@@ -74,23 +81,41 @@ class BodyLimits:
             seconds = self.settings.body_timeout
             raise APIError(408, f"The body took more than {seconds:g} s.", headers={"Connection": "close"}) from None
 
-    async def _check(self, scope: Scope, body: bytes) -> None:
+    async def _parse(self, scope: Scope, body: bytes) -> Any:
         headers = Headers(scope=scope)
-        if not body:
-            return
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json" or headers.get("content-encoding", "identity").lower() != "identity":
             raise APIError(
                 415, "Send JSON: Content-Type must be application/json, without Content-Encoding.", code="not_json"
             )
-        if len(body) > LONG:
-            await asyncio.to_thread(check_json, body, self.settings.max_json_depth)
-        else:
-            check_json(body, self.settings.max_json_depth)
+        return await off_loop(len(body), lambda: parse_json(body, self.settings.max_json_depth))
 
 
-def check_json(body: bytes, max_depth: int) -> None:
-    """Refuses what is not plain JSON.
+async def off_loop(size: int, work: Callable[[], T]) -> T:
+    """Does `work` of some size, in a thread if it is long."""
+    return await asyncio.to_thread(work) if size > LONG else work()
+
+
+class ParsedRoute(APIRoute):
+    """A route that takes the body as `BodyLimits` has parsed it."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """FastAPI calls this."""
+        handle = super().get_route_handler()
+
+        async def handle_parsed(request: Request) -> Response:
+            return await handle(_ParsedRequest(request.scope, request.receive))
+
+        return handle_parsed
+
+
+class _ParsedRequest(Request):
+    async def json(self) -> Any:
+        return self.scope[_PARSED]
+
+
+def parse_json(body: bytes, max_depth: int) -> Any:
+    """The value; refuses what is not plain JSON.
 
     Raises:
         APIError: 400: it is no JSON or no UTF-8, it is deeper than `max_depth`, it has a number that is not finite or
@@ -115,6 +140,7 @@ def check_json(body: bytes, max_depth: int) -> None:
         except UnicodeEncodeError:
             message = "The body has half of a surrogate pair: text must be valid Unicode."
             raise APIError(400, message, code="invalid_json") from None
+    return value
 
 
 def _refuse_constant(name: str) -> NoReturn:

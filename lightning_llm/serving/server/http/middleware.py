@@ -38,10 +38,16 @@ class RequestIds:
 
 
 class ErrorBoundary:
-    """Answers what nobody foresaw with a plain 500, and says no more in the log than where it happened."""
+    """Answers what nobody foresaw with a plain 500, and says no more in the log than where it happened.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Args:
+        app: What may fail.
+        retry_after: Seconds, said with every 503.
+    """
+
+    def __init__(self, app: ASGIApp, retry_after: int) -> None:
         self.app = app
+        self.retry_after = retry_after
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Goes on, and catches what comes back."""
@@ -52,6 +58,8 @@ class ErrorBoundary:
         async def watch(message: Message) -> None:
             nonlocal started
             started = True
+            if message["type"] == "http.response.start" and message["status"] == 503:
+                MutableHeaders(scope=message)["Retry-After"] = str(self.retry_after)
             await send(message)
 
         try:
@@ -59,7 +67,7 @@ class ErrorBoundary:
         except Exception as error:
             answer = as_api_error(error, scope["state"]["request_id"])
             if not started:
-                await answer.response()(scope, receive, send)
+                await answer.response()(scope, receive, watch)
 
 
 class CancelOnDisconnect:

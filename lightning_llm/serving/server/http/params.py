@@ -13,6 +13,7 @@ from lightning_llm.serving.server.http.requests import (
     CompletionRequest,
     GenerateRequest,
     JSONObject,
+    ModelBody,
     SamplingBody,
 )
 
@@ -129,17 +130,23 @@ def grammar_of(body: SamplingBody) -> Grammar | None:
     return found[0][1] if found else None
 
 
+def grammar_param(body: ModelBody) -> str:
+    """The field of a valid request that says what the answer must look like: a grammar's mistakes are found later."""
+    said = _grammars(body) if isinstance(body, SamplingBody) else {}
+    return next((name for name, grammar in said.items() if grammar is not None), "tools")
+
+
 def _grammars(body: SamplingBody) -> dict[str, Grammar | None]:
     one = body.structured_outputs
     return {
         "response_format": _of_response_format(body),
         "guided_json": _schema(body.guided_json),
         "guided_regex": _text("regex", body.guided_regex),
-        "guided_choice": _choice(body.guided_choice),
+        "guided_choice": _choice(body.guided_choice, "guided_choice"),
         "guided_grammar": _text("lark", body.guided_grammar),
         "structured_outputs.json": _schema(one.json_) if one else None,
         "structured_outputs.regex": _text("regex", one.regex) if one else None,
-        "structured_outputs.choice": _choice(one.choice) if one else None,
+        "structured_outputs.choice": _choice(one.choice, "structured_outputs.choice") if one else None,
         "structured_outputs.grammar": _text("lark", one.grammar) if one else None,
         "structured_outputs.json_object": Grammar("json_object") if one and one.json_object else None,
     }
@@ -173,10 +180,10 @@ def _text(kind: Any, text: str | None) -> Grammar | None:
     return None if text is None else Grammar(kind, text)
 
 
-def _choice(texts: list[str] | None) -> Grammar | None:
+def _choice(texts: list[str] | None, param: str) -> Grammar | None:
     """One of several texts: in Lark's language, whose strings are JSON's."""
     if texts is None:
         return None
     if not all(texts):
-        raise RequestError("A choice must not be empty.", param="guided_choice")
+        raise RequestError("A choice must not be empty.", param=param)
     return Grammar("lark", "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts))

@@ -44,18 +44,21 @@ def probe_routes(service: Service) -> APIRouter:
         """The package's version."""
         return as_json(VersionResponse(version=__version__))
 
+    @router.head("/livez", include_in_schema=False)
     @router.get("/livez", response_model=StatusResponse)
     async def show_liveness() -> Response:
         """Whether this process answers; it does while it drains, too."""
         return as_json(StatusResponse(status="alive"))
 
+    @router.head("/health", include_in_schema=False)
     @router.get("/health", response_model=StatusResponse)
     async def show_health() -> Response:
         """Whether there is an engine."""
         if not service.client.ready:
-            raise unavailable("The model is not loaded.", service.settings.retry_after, code="not_ready")
+            raise unavailable("The model is not loaded.", code="not_ready")
         return as_json(StatusResponse(status="ok"))
 
+    @router.head("/readyz", include_in_schema=False)
     @router.get("/readyz", response_model=StatusResponse)
     async def show_readiness() -> Response:
         """Whether new requests are taken."""

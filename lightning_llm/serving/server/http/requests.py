@@ -7,15 +7,33 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
-from lightning_llm.serving.engine.params import MAX_N
+from lightning_llm.serving.engine.params import MAX_N, MAX_STOP_STRINGS
 
 _INT32 = 2**31 - 1
+MAX_PRIORITY = 100
+_MOST_TOKENS = 1024  # that a request may name one by one
+_MOST_MESSAGES = 4096
+
+
+def _few(given: Any) -> Any:
+    """pydantic counts a dictionary's entries only when it has complained about each of them."""
+    if isinstance(given, dict) and len(given) > _MOST_TOKENS:
+        raise PydanticCustomError("too_long", f"has {len(given)} entries; {_MOST_TOKENS} at most")
+    return given
+
+
 TokenId = Annotated[int, Field(ge=0, le=_INT32)]
 Integer = Annotated[int, Field(ge=-_INT32, le=_INT32)]
 LongInteger = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
-TokenIds = list[TokenId]
+# Of a list only the first bad element is told: a body of some megabytes would otherwise have millions of complaints,
+# times the branches of a union.
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+Inputs = str | Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
+Choices = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=1024)]
 JSONObject = dict[str, Any]
 
 
@@ -51,7 +69,7 @@ class StructuredOutputs(Body):
 
     json_: JSONObject | str | None = Field(default=None, alias="json")
     regex: str | None = None
-    choice: Annotated[list[str], Field(min_length=1, max_length=1024)] | None = None
+    choice: Choices | None = None
     grammar: str | None = None
     json_object: bool | None = None
 
@@ -74,11 +92,11 @@ class SamplingBody(ModelBody):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[Annotated[str, Field(max_length=16)], float] | None = None
+    logit_bias: Annotated[dict[Annotated[str, Field(max_length=16)], float], BeforeValidator(_few)] | None = None
     seed: LongInteger | None = None
     min_tokens: Integer | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: TokenIds | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True, max_length=MAX_STOP_STRINGS)] | None = None
+    stop_token_ids: Annotated[TokenIds, Field(max_length=_MOST_TOKENS)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
@@ -86,9 +104,10 @@ class SamplingBody(ModelBody):
     structured_outputs: StructuredOutputs | None = None
     guided_json: JSONObject | str | None = None
     guided_regex: str | None = None
-    guided_choice: Annotated[list[str], Field(min_length=1, max_length=1024)] | None = None
+    guided_choice: Choices | None = None
     guided_grammar: str | None = None
     priority: Integer = 0
+    """Lower comes first, where the server schedules by priority; what is beyond ±`MAX_PRIORITY` counts as that."""
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
     user: Annotated[str, Field(max_length=1024)] | None = None
 
@@ -148,24 +167,28 @@ class Message(Body):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
+    content: str | Annotated[list[ContentPart], Field(fail_fast=True, max_length=1024)] | None = None
     name: str | None = None
-    tool_calls: list[CalledTool] | None = None
+    tool_calls: Annotated[list[CalledTool], Field(fail_fast=True, max_length=128)] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+
+
+Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=_MOST_MESSAGES)]
+Tools = Annotated[list[Tool], Field(fail_fast=True, max_length=128)]
 
 
 class ChatCompletionRequest(SamplingBody):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     max_completion_tokens: Integer | None = None
     max_tokens: Integer | None = None
     logprobs: bool | None = None
     top_logprobs: Integer | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Tools | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool = True
@@ -175,7 +198,7 @@ class ChatCompletionRequest(SamplingBody):
 class CompletionRequest(SamplingBody):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | TokenIds | list[TokenIds]
+    prompt: Inputs
     suffix: str | None = None
     max_tokens: Integer | None = None
     best_of: Integer | None = None
@@ -198,11 +221,12 @@ class GenerateRequest(SamplingBody):
 class EmbeddingRequest(ModelBody):
     """POST /v1/embeddings."""
 
-    input: str | list[str] | TokenIds | list[TokenIds]
+    input: Inputs
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Integer | None = None
     user: Annotated[str, Field(max_length=1024)] | None = None
     priority: Integer = 0
+    """Lower comes first, where the server schedules by priority; what is beyond ±`MAX_PRIORITY` counts as that."""
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
 
 
@@ -210,8 +234,8 @@ class TokenizeRequest(ModelBody):
     """POST /tokenize, of a text or of a conversation."""
 
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    messages: Messages | None = None
+    tools: Tools | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     chat_template_kwargs: JSONObject | None = None

@@ -29,7 +29,7 @@ class HTTPSettings:
     ping_interval: float = 15.0
     """Seconds without an event after which a stream gets a comment, so that proxies leave it open."""
     max_inputs: int = 2048
-    """Prompts or texts in one request."""
+    """Answers of one request: its prompts or texts, times `n`."""
     retry_after: int = 5
     """Seconds after which a client may try again when there is no engine that answers."""
     pooling: Literal["mean", "last"] = "mean"

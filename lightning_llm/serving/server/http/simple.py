@@ -11,20 +11,22 @@ from starlette.responses import Response
 
 from lightning_llm.serving.server.http.documentation import as_json, events
 from lightning_llm.serving.server.http.errors import request_id_of
+from lightning_llm.serving.server.http.jobs import Job
+from lightning_llm.serving.server.http.limits import ParsedRoute
 from lightning_llm.serving.server.http.params import generate_params
 from lightning_llm.serving.server.http.requests import GenerateRequest
 from lightning_llm.serving.server.http.responses import GenerateResponse
-from lightning_llm.serving.server.http.service import Job, Service
+from lightning_llm.serving.server.http.service import Service
 
 
 def simple_routes(service: Service) -> APIRouter:
     """The router."""
-    router = APIRouter()
+    router = APIRouter(route_class=ParsedRoute)
 
     async def prepare(body: GenerateRequest, request: Request) -> Job:
         service.admit(body.model)
         params = generate_params(body, service.client.default_sampling_params)
-        prompts = await service.encode_all([body.prompt], "prompt", add_special_tokens=body.add_special_tokens)  # type: ignore[arg-type]
+        prompts = await service.prompts.encode_all([body.prompt], "prompt", add_special_tokens=body.add_special_tokens)  # type: ignore[arg-type]
         return service.job(request, body, "gen", prompts, params)
 
     @router.post("/generate", response_model=GenerateResponse)

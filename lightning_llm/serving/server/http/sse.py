@@ -26,20 +26,16 @@ class EventStream(Response):
         events: What to send.
         request_id: For what is said of errors.
         ping_interval: Seconds without an event after which a comment is sent.
-        retry_after: Seconds, where there is no engine.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, events: AsyncGenerator[BaseModel, None], *, request_id: str, ping_interval: float, retry_after: int
-    ) -> None:
+    def __init__(self, events: AsyncGenerator[BaseModel, None], *, request_id: str, ping_interval: float) -> None:
         self.status_code = 200
         self.background = None
         self.events = events
         self.request_id = request_id
         self.ping_interval = ping_interval
-        self.retry_after = retry_after
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
 
@@ -50,7 +46,7 @@ class EventStream(Response):
             try:
                 await asyncio.wait({first}, timeout=self.ping_interval)
                 if first.done() and (error := first.exception()) is not None:
-                    answer = as_api_error(error, self.request_id, retry_after=self.retry_after)
+                    answer = as_api_error(error, self.request_id)
                     return await answer.response()(scope, receive, send)
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                 await self._send_all(first, events, send)
@@ -84,7 +80,7 @@ class EventStream(Response):
             async for event in events:
                 await write(encode(event))
         except Exception as error:
-            body = as_api_error(error, self.request_id, retry_after=self.retry_after).body
+            body = as_api_error(error, self.request_id).body
             await write(b"data: " + body.encode() + b"\n\n")
         finally:
             pings.cancel()

@@ -9,14 +9,15 @@ from lightning_llm.serving.errors import RequestError
 from lightning_llm.serving.server.http.chat import chat_prompt
 from lightning_llm.serving.server.http.conversation import ToolStyle
 from lightning_llm.serving.server.http.documentation import as_json
+from lightning_llm.serving.server.http.limits import ParsedRoute, off_loop
 from lightning_llm.serving.server.http.requests import DetokenizeRequest, TokenizeRequest
 from lightning_llm.serving.server.http.responses import DetokenizeResponse, TokenizeResponse
-from lightning_llm.serving.server.http.service import Service, off_loop
+from lightning_llm.serving.server.http.service import Service
 
 
 def token_routes(service: Service, style: ToolStyle) -> APIRouter:
     """The router."""
-    router = APIRouter()
+    router = APIRouter(route_class=ParsedRoute)
 
     @router.post("/tokenize", response_model=TokenizeResponse)
     async def tokenize(body: TokenizeRequest) -> Response:
@@ -34,21 +35,29 @@ def token_routes(service: Service, style: ToolStyle) -> APIRouter:
                 variables=body.chat_template_kwargs,
             )
         else:
-            ids = await service.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
-        answer = TokenizeResponse(count=len(ids), max_model_len=service.client.max_model_len, tokens=ids)
-        if body.return_token_strs:
-            spell = service.client.tokenizer.token_bytes
-            answer.token_strs = [spell(token).decode("utf-8", errors="replace") for token in ids]
-        return as_json(answer)
+            ids = await service.prompts.encode(body.prompt or "", "prompt", add_special_tokens=body.add_special_tokens)
+
+        def answer() -> Response:
+            told = TokenizeResponse(count=len(ids), max_model_len=service.client.max_model_len, tokens=ids)
+            if body.return_token_strs:
+                spell = service.client.tokenizer.token_bytes
+                texts = {token: spell(token).decode("utf-8", errors="replace") for token in set(ids)}
+                told.token_strs = [texts[token] for token in ids]
+            return as_json(told)
+
+        return await off_loop(len(ids), answer)
 
     @router.post("/detokenize", response_model=DetokenizeResponse)
     async def detokenize(body: DetokenizeRequest) -> Response:
         """The text of tokens."""
         service.check_model(body.model)
-        service.check_ids(body.tokens, "tokens")
+        service.prompts.check_ids(body.tokens, "tokens")
         decode = service.client.tokenizer.decode
         skip = body.skip_special_tokens
-        text = await off_loop(len(body.tokens), lambda: decode(body.tokens, skip_special_tokens=skip))
-        return as_json(DetokenizeResponse(prompt=text))
+
+        def answer() -> Response:
+            return as_json(DetokenizeResponse(prompt=decode(body.tokens, skip_special_tokens=skip)))
+
+        return await off_loop(len(body.tokens), answer)
 
     return router

@@ -17,7 +17,7 @@ log = logging.getLogger("lightning_llm.serving.requests")
 LogFormat = Literal["json", "text"]
 
 # Asked for every few seconds by probes, scrapers and pages: a line each would bury the others.
-QUIET_ROUTES = frozenset({"/health", "/livez", "/readyz", "/load", "/metrics", "/playground/state"})
+QUIET_ROUTES = frozenset({"/health", "/livez", "/readyz", "/metrics", "/playground/state"})
 
 
 def log_config(format: LogFormat = "json", level: str = "INFO") -> dict[str, Any]:
@@ -56,10 +56,10 @@ def library_level(level: str) -> str:
 
 def log_request(response: ResponseRecord, request: RequestRecord | None = None) -> None:
     """The one line of a request: how it was answered, and what the model did for it if it got so far."""
-    if response.status >= 500:
-        level = logging.ERROR
-    elif response.route in QUIET_ROUTES and response.status < 400:
+    if response.route in QUIET_ROUTES and (response.status < 400 or response.status == 503):  # an answer to a probe
         level = logging.DEBUG
+    elif response.status >= 500 or (request is not None and request.error is not None):
+        level = logging.ERROR
     else:
         level = logging.INFO
     if log.isEnabledFor(level):

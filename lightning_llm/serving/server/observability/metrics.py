@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
 from lightning_llm.serving.engine.outputs import EngineStats, Update, Usage
+from lightning_llm.serving.errors import EngineDiedError, RequestError
 from lightning_llm.serving.server.observability.record import RequestRecord, ResponseRecord
 
 PREFIX = "lightning_llm"
@@ -149,6 +150,10 @@ class ServerMetrics:
         for engine in stats:
             self.measures(engine)  # from its first scrape on there are zeros, from which rates can be told
 
+    def count_lost(self, engine: int, answers: int) -> None:
+        """Counts answers that ended with their worker."""
+        self._engines.lost[engine] = self._engines.lost.get(engine, 0) + answers
+
     def count_response(self, response: ResponseRecord) -> None:
         """Counts an HTTP response."""
         method = response.method if response.method in _METHODS else "other"
@@ -193,7 +198,7 @@ class EngineMeasures:
         """A request is over."""
         if record.is_answered:
             self._observe["e2e_request_latency_seconds"](seconds)
-        if record.params is not None:
+        if record.params is not None and not record.refused:
             self._observe["request_params_n"](record.params.n)
             if record.params.max_tokens is not None:
                 self._observe["request_params_max_tokens"](record.params.max_tokens)
@@ -242,6 +247,18 @@ class RequestObserver:
                 record.usages.append(update.usage)
                 record.cached_tokens = update.usage.cached_tokens
 
+    def on_error(self, error: Exception) -> None:
+        """It was refused, or ends before its answers do. What a worker that is gone cannot count any more is counted
+        here."""
+        record = self.record
+        if isinstance(error, RequestError):
+            record.refused = True
+            return
+        if isinstance(error, EngineDiedError):
+            answers = 1 if record.params is None else record.params.n
+            self._metrics.count_lost(record.engine, answers - len(record.finish_reasons))
+        record.error = record.error or str(error) or type(error).__name__
+
     def on_finish(self) -> None:
         """The request is over, whether answered, failed or given up by its client. Later calls do nothing."""
         if not self._finished:
@@ -273,6 +290,8 @@ class _EngineCollector(Collector):
         self._model_name = model_name
         self._stats: dict[int, EngineStats] = {}
         self._totals: dict[int, _Totals] = {}
+        self.lost: dict[int, int] = {}
+        """Answers that ended with their worker, by worker."""
 
     def set(self, stats: Mapping[int, EngineStats]) -> None:
         self._stats = dict(stats)
@@ -301,7 +320,9 @@ class _EngineCollector(Collector):
         counter = CounterMetricFamily(
             f"{PREFIX}:request_success", "Answers that have ended, by why.", labels=(*_LABELS, "finished_reason")
         )
-        for engine, counts in totals.items():
+        for engine in sorted(totals.keys() | self.lost.keys()):
+            counts = dict(totals.get(engine, {}))
+            counts["finished/error"] = counts.get("finished/error", 0) + self.lost.get(engine, 0)
             reasons = {name.removeprefix("finished/") for name in counts if name.startswith("finished/")}
             for reason in sorted({"stop", "length", "abort", "error"} | reasons):
                 counter.add_metric((self._model_name, str(engine), reason), counts.get(f"finished/{reason}", 0))

@@ -16,9 +16,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lightning_llm.serving.engine.outputs import EngineStats, Update
-from lightning_llm.serving.server.http.client import EngineClient
-from lightning_llm.serving.server.http.service import Job
+from lightning_llm.serving.engine.outputs import EngineStats
+from lightning_llm.serving.server.http.client import EngineLike
+from lightning_llm.serving.server.http.jobs import Job
 from lightning_llm.serving.server.observability.logs import log_request
 from lightning_llm.serving.server.observability.metrics import RequestObserver, ServerMetrics
 from lightning_llm.serving.server.observability.record import Operation, RequestRecord, ResponseRecord, joined
@@ -46,7 +46,7 @@ class Observability:
 
     def __init__(
         self,
-        client: EngineClient,
+        client: EngineLike,
         *,
         vllm_names: bool = False,
         tracer: RequestTracer | None = None,
@@ -74,7 +74,7 @@ class Observability:
         if self.tracer is not None:
             _at_end(app, self.tracer.shutdown)
 
-    def __call__(self, job: Job, place: int) -> Callable[[Update], None]:
+    def __call__(self, job: Job, place: int) -> RequestObserver:
         """A prompt goes to the engine: what this returns is to be shown what comes of it."""
         seen: _Seen = job.request.scope.setdefault(_SCOPE, _Seen())
         prompt = job.prompts[place]
@@ -89,7 +89,7 @@ class Observability:
         )
         observer = RequestObserver(self.metrics, record)
         seen.observers.append(observer)
-        return observer.on_update
+        return observer
 
     async def scrape(self, accept: str = "") -> Response:
         """What a scraper gets."""
@@ -172,19 +172,28 @@ class ObservabilityMiddleware:
                 error_type = "IncompleteResponse"
             response = ResponseRecord(
                 method=scope["method"],
-                route=getattr(scope.get("route"), "path", "other"),
+                route=_route(scope),
                 path=scope["path"],
                 status=seen.status or (500 if error_type is not None and not seen.gone else CLIENT_CLOSED_REQUEST),
                 duration=time.monotonic() - seen.began,
                 stream=seen.stream,
                 disconnected=seen.gone,
                 error_type=error_type,
-                request_id=seen.request_id,
+                request_id=seen.request_id or scope.get("state", {}).get("request_id"),
                 client=scope["client"][0] if scope.get("client") else None,
                 server=tuple(scope["server"]) if scope.get("server") else None,
                 headers={name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]},
             )
             self.observability.end(seen.observers, response)
+
+
+def _route(scope: Scope) -> str:
+    """The path of the route, as it was declared, also where a request was refused before it got there."""
+    if "route" in scope:
+        return getattr(scope["route"], "path", "other")
+    path = scope["path"]
+    declared = scope["app"].openapi()["paths"] if "app" in scope else {}
+    return path if scope["method"].lower() in declared.get(path, ()) else "other"
 
 
 @dataclass

@@ -31,7 +31,8 @@ class RequestRecord:
         cached_tokens: Of the prompt, found in the prefix cache; known when an answer has ended.
         finish_reasons: Of the answers that have ended.
         usages: Theirs.
-        error: What went wrong in the engine.
+        error: What went wrong in the engine, or with it.
+        refused: It was not begun: it cannot be answered as it stands.
     """
 
     request_id: str
@@ -48,6 +49,7 @@ class RequestRecord:
     finish_reasons: list[str] = field(default_factory=list)
     usages: list[Usage] = field(default_factory=list)
     error: str | None = None
+    refused: bool = False
 
     @property
     def is_answered(self) -> bool:

@@ -16,29 +16,15 @@ from fastapi import FastAPI
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from lightning_llm.serving.engine.outputs import EngineStats
+from lightning_llm.serving.server.http.client import EngineLike
 
 PAGE_PATH, STATE_PATH = "/", "/playground/state"
 MAX_CELLS = 4096  # of a map; a larger pool has several blocks to a cell
 FRESH = 0.25  # seconds for which a state serves everybody who asks
 
 
-class Engines(Protocol):
-    """What the page shows of."""
-
-    @property
-    def model_name(self) -> str:
-        """What clients call the model."""
-
-    @property
-    def max_model_len(self) -> int:
-        """Most tokens of a prompt and its answer."""
-
-    @property
-    def tokenizer(self) -> Any:
-        """The model's; one without a `chat_template` completes texts only."""
-
-    async def stats(self) -> Mapping[int, EngineStats]:
-        """Of each worker that answers."""
+class Engines(EngineLike, Protocol):
+    """What the page shows of. A tokenizer without a `chat_template` completes texts only."""
 
     async def blocks(self) -> Mapping[int, bytes]:
         """`BlockPool.states()` of each worker that answers."""

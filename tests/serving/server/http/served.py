@@ -29,7 +29,7 @@ MODEL = "tiny"
 
 
 class LocalClient:
-    """An `EngineClient` of an engine in the same event loop, which it moves on by one step at a time.
+    """An `EngineLike` of an engine in the same event loop, which it moves on by one step at a time.
 
     Attributes:
         arrived: Requests that came.

@@ -6,7 +6,6 @@ import base64
 import json
 import math
 import struct
-from collections.abc import Callable
 
 import httpx
 import openai
@@ -61,7 +60,9 @@ def test_logprobs_of_prompt_and_answer(client: openai.OpenAI, server: Server) ->
     assert all(value <= 0 for value in logprobs.token_logprobs[1:])
     chosen = logprobs.top_logprobs[-1][logprobs.tokens[-1]]
     assert chosen == logprobs.token_logprobs[-1] == max(logprobs.top_logprobs[-1].values())
-    only = client.completions.create(**asked, max_tokens=0).choices[0]
+    whole = client.completions.create(**asked, max_tokens=0)
+    only = whole.choices[0]
+    assert whole.usage.completion_tokens == 0 and whole.usage.total_tokens == len(tokens)
     assert only.text == "the fox" and only.logprobs.token_logprobs == pytest.approx(
         logprobs.token_logprobs[: len(tokens)]
     )
@@ -106,7 +107,7 @@ def test_what_is_refused(http: httpx.Client, asked: dict, param: str | None) -> 
 
 
 def test_one_bad_prompt_stops_the_others(http: httpx.Client, server: Server) -> None:
-    answer = http.post("/v1/completions", json={"prompt": ["the", "x" * 2000], "max_tokens": 500, "ignore_eos": True})
+    answer = http.post("/v1/completions", json={"prompt": ["the", "x" * 900], "max_tokens": 500, "ignore_eos": True})
     assert answer.status_code == 400 and answer.json()["error"]["code"] == "context_length_exceeded"
     assert server.client.cancelled.get(timeout=10).endswith("-0")
     assert server.client.engine.stats().num_requests_running == 0
@@ -176,14 +177,20 @@ def test_prefixes_are_shared_within_a_salt_only(http: httpx.Client) -> None:
 def test_the_models_defaults_and_who_watches() -> None:
     seen: dict[tuple[str, int], list[int]] = {}
 
-    def observe(job: Job, place: int) -> Callable[[Update], None]:
-        tokens = seen.setdefault((job.request.url.path, place), [])
-        assert job.params.temperature == 0 and job.stream and job.request.state.request_id == "watched"
-        return lambda update: tokens.extend(update.token_ids)
+    class Seen:
+        def __init__(self, job: Job, place: int) -> None:
+            self.tokens = seen.setdefault((job.request.url.path, place), [])
+            assert job.params.temperature == 0 and job.stream and job.request.state.request_id == "watched"
+
+        def on_update(self, update: Update) -> None:
+            self.tokens.extend(update.token_ids)
+
+        def on_error(self, error: Exception) -> None:
+            raise error
 
     client = make_client()
     client.default_sampling_params = {"temperature": 0, "seed": 1}
-    with serve(client, observer=observe) as server:
+    with serve(client, observer=Seen) as server:
         body = {"prompt": ["a", "b"], "max_tokens": 3, "stream": True}
         httpx.post(f"{server.url}/v1/completions", json=body, headers={"X-Request-Id": "watched"})
     assert {key: len(tokens) for key, tokens in seen.items()} == {("/v1/completions", n): 3 for n in range(2)}
@@ -197,3 +204,5 @@ def test_what_is_served(client: openai.OpenAI, http: httpx.Client) -> None:
     assert missing.value.code == "model_not_found"
     for path in ("/health", "/livez", "/readyz", "/version"):
         assert http.get(path).status_code == 200
+    for path in ("/health", "/livez", "/readyz"):
+        assert http.head(path).status_code == 200

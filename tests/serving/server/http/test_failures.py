@@ -11,6 +11,7 @@ import httpx
 import pytest
 import torch
 
+from lightning_llm.errors import ConfigurationError
 from lightning_llm.serving.server.http import HTTPSettings
 from tests.serving.server.http.served import Server, make_client, serve
 
@@ -168,6 +169,30 @@ def test_without_an_engine_it_is_503(own: Server) -> None:
     assert httpx.get(f"{own.url}/livez").status_code == 200
     refused = httpx.post(f"{own.url}/v1/chat/completions", json=CHAT)
     assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
+
+
+def test_of_an_engine_that_is_gone_its_own_words_are_told(own: Server, caplog: pytest.LogCaptureFixture) -> None:
+    for draining in (False, True):
+        own.client.ready, own.client.waiting, own.client.draining = True, True, False
+        caplog.clear()
+        with httpx.stream("POST", f"{own.url}/generate_stream", json={"prompt": "a"}, timeout=30) as answer:
+            lines = (line for line in answer.iter_lines() if line and line != ": ping")
+            own.client.arrived.get(timeout=10)
+            own.client.draining = draining
+            own.call(own.client.die)
+            error = json.loads(next(lines).removeprefix("data: "))["error"]
+        assert error["type"] == "service_unavailable_error" and error["message"].startswith("gone")
+        assert any(record.levelno >= logging.ERROR for record in caplog.records) != draining
+
+
+def test_an_operators_mistake_is_500_and_in_the_log(own: Server, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(*_: object, **__: object) -> str:
+        raise ConfigurationError("What renders does not start")
+
+    own.client.tokenizer.apply_chat_template = fail
+    answer = httpx.post(f"{own.url}/v1/chat/completions", json=CHAT)
+    assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
+    assert "renders" in caplog.text and "renders" not in answer.text
 
 
 def test_draining_finishes_what_runs_and_takes_no_more(own: Server) -> None:

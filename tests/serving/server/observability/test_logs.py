@@ -120,8 +120,9 @@ def test_keys_are_never_logged_and_prompts_only_if_they_are_given(format):
 
 def test_levels_follow_the_status_and_probes_are_quiet():
     probe = response(method="GET", route="/livez", path="/livez")
-    failing = response(method="GET", route="/readyz", path="/readyz", status=503)
-    lines = [json.loads(line) for line in logged("json", (probe,), (failing,), (response(status=404),))]
+    told_to_wait = response(method="GET", route="/readyz", path="/readyz", status=503)
+    responses = [probe, told_to_wait, response(status=503), response(status=404)]
+    lines = [json.loads(line) for line in logged("json", *((one,) for one in responses))]
     assert [(line["level"], line["status"]) for line in lines] == [("error", 503), ("info", 404)]
     assert len(logged("json", (probe,), level="DEBUG")) == 1
 

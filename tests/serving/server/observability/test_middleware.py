@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 
 import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from lightning_llm.serving.engine.outputs import EngineStats
+from lightning_llm.serving.engine.outputs import EngineStats, Update
+from lightning_llm.serving.errors import EngineDiedError
 from lightning_llm.serving.server.observability.metrics import ServerMetrics
 from lightning_llm.serving.server.observability.middleware import Observability
 from lightning_llm.serving.server.observability.tracing import make_tracer
@@ -30,7 +31,7 @@ class Lines(logging.Handler):
         self.seen: list[dict] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.seen.append(record.fields)
+        self.seen.append({"level": record.levelname.lower(), **record.fields})
 
 
 @pytest.fixture
@@ -163,6 +164,58 @@ def test_a_client_that_goes_away_is_noticed(lines: list[dict]) -> None:
     assert client.cancelled.get(timeout=10) == line["response_id"]
     assert count(metrics, "time_to_first_token_seconds") == 1
     assert count(metrics, "e2e_request_latency_seconds") == 0
+
+
+def test_refusals_count_for_their_route_and_not_as_parameters(lines: list[dict]) -> None:
+    app, metrics = make_app(make_paced_client())
+    with TestClient(app) as client:
+        assert client.post("/v1/chat/completions", content=b"{", headers={"content-type": "text/plain"}).is_error
+        assert client.post("/generate", json={"prompt": "a", "max_tokens": 5000}).status_code == 400
+    found = samples(metrics)
+    assert found["lightning_llm:http_requests_total", "/v1/chat/completions", "POST", "415"] == 1
+    assert count(metrics, "request_params_max_tokens") == 0
+    assert [line["level"] for line in lines] == ["info"] * 2
+
+
+def test_who_leaves_before_the_answer_is_logged_with_an_id(lines: list[dict]) -> None:
+    app, _ = make_app(make_paced_client(pace=0.2))
+
+    async def leave_at_once() -> None:
+        messages = [{"type": "http.request", "body": json.dumps(CHAT).encode(), "more_body": False}]
+
+        async def receive() -> dict:
+            return messages.pop() if messages else {"type": "http.disconnect"}
+
+        async def send(message: dict) -> None:
+            raise AssertionError(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"", "root_path": ""}
+        headers = [(b"content-type", b"application/json"), (b"x-request-id", b"mine")]
+        scope |= {"headers": headers, "asgi": {"version": "3.0", "spec_version": "2.3"}}
+        await asyncio.wait_for(app(scope, receive, send), 30)
+
+    asyncio.run(leave_at_once())
+    (line,) = lines
+    assert (line["status"], line["request_id"]) == (499, "mine")
+
+
+def test_an_answer_cut_off_by_a_dead_worker_is_an_error(lines: list[dict]) -> None:
+    class Dying(PacedClient):
+        async def generate(self, *given, **fields) -> AsyncGenerator[Update, None]:
+            async for update in super().generate(*given, **fields):
+                yield update
+                raise EngineDiedError("Worker 0 has ended.")
+
+    client = make_paced_client()
+    client.__class__ = Dying
+    app, metrics = make_app(client)
+    with TestClient(app) as http:
+        assert "service_unavailable_error" in http.post("/v1/chat/completions", json=CHAT | {"stream": True}).text
+    line = lines[-1]
+    assert (line["level"], line["status"], line["error"]) == ("error", 200, "Worker 0 has ended.")
+    assert 'request_success_total{engine="0",finished_reason="error",model_name="tiny"} 1.0' in (
+        metrics.render()[0].decode()
+    )
 
 
 def test_failures_have_a_name(lines: list[dict]) -> None:
