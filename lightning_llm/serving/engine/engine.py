@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
 import torch
@@ -22,7 +22,7 @@ from lightning_llm.serving.engine.grammar import GrammarCompiler, GrammarMatcher
 from lightning_llm.serving.engine.kv_cache import KVCache
 from lightning_llm.serving.engine.outputs import EngineStats, FinishReason, TokenLogprob, Update, Usage
 from lightning_llm.serving.engine.params import SamplingParams
-from lightning_llm.serving.engine.request import Request
+from lightning_llm.serving.engine.request import Request, Status
 from lightning_llm.serving.engine.runner import Runner
 from lightning_llm.serving.engine.sampler import Sampled, Sampler
 from lightning_llm.serving.engine.sampling_state import SamplingState
@@ -38,6 +38,8 @@ Pooling = Literal["mean", "last"]
 
 _LOGITS_ROWS = 256  # of a prompt at a time: all at once would dwarf the model
 _NAP = 0.005  # seconds; who steps the engine has others to listen to while a batch waits to be filled
+_LOST_STEPS = 5  # one after another in which the only request failed: it may be the requests, but no longer
+_BROKEN = "The model could not compute this request."
 _LARGE_STEP = 64  # tokens; a step of so many is bound by computing
 
 
@@ -96,6 +98,9 @@ class Engine:
         self._grammars = GrammarCompiler(tokenizer, model.vocab_size, self.eos_token_ids)
         self._live: dict[str, list[Request]] = {}
         self._finished: Counter[str] = Counter()
+        self._causes: dict[Request, Exception] = {}  # of what failed in this step, other than by the model's numbers
+        self._lost_steps = 0
+        self._caught_up = True  # whether the device had nothing left to do when the last step ended
         self._prompt_tokens = self._generation_tokens = self._step_tokens = 0
         self._step_sizes: Counter[int] = Counter()  # by the power of two that is not less
 
@@ -111,6 +116,7 @@ class Engine:
         cache_salt: str = "",
         pooling: Pooling | None = None,
         arrival: float | None = None,
+        grammar: GrammarMatcher | None = None,
     ) -> None:
         """Lets a request wait for its turn.
 
@@ -123,12 +129,13 @@ class Engine:
             pooling: Instead of an answer, the prompt's hidden states as one vector of length 1: the "mean" over its
                 tokens, or that of the "last".
             arrival: When it came, in seconds of `time.monotonic`; None is now.
+            grammar: What `prepare` made of `params`; without it a grammar is compiled here.
 
         Raises:
             RequestError: It cannot be answered; nothing was added.
         """
-        self._check(request_id, prompt_ids, params)
-        grammar = self._grammars.compile(params.grammar) if params.grammar is not None else None
+        self._check(request_id, prompt_ids, params, pooling)
+        grammar = grammar or self.prepare(params)
         request = Request(
             request_id=request_id,
             token_ids=list(prompt_ids),
@@ -147,20 +154,23 @@ class Engine:
         self._live[request_id] = [request]
         self.scheduler.add(request)
 
-    def prepare(self, params: SamplingParams) -> None:
+    def prepare(self, params: SamplingParams) -> GrammarMatcher | None:
         """Does beforehand what `add` would take long for; the one method that may be called by another thread.
 
         Raises:
             RequestError: `add` would raise it.
         """
-        if params.grammar is not None:
-            self._grammars.compile(params.grammar)
+        return None if params.grammar is None else self._grammars.compile(params.grammar)
 
     def abort(self, request_id: str) -> None:
         """Ends a request, wherever it stands; its blocks are free when this returns. Unknown ones are passed over."""
         for request in self._live.pop(request_id, ()):
-            self._finished["abort"] += 1
+            self._finished["abort"] += 1 + request.forks
             self.scheduler.finish(request)
+
+    def close(self) -> None:
+        """Ends the process that waits for grammars."""
+        self._grammars.close()
 
     @property
     def has_work(self) -> bool:
@@ -174,7 +184,7 @@ class Engine:
         A request that fails does so alone, as an update with `error`.
 
         Raises:
-            RuntimeError: All of several requests failed, so it is the engine that does not work.
+            RuntimeError: All of several requests failed, or one after another, so it is the engine that does not work.
         """
         plan = self.scheduler.schedule(time.monotonic())
         self._move_blocks(plan)
@@ -182,6 +192,7 @@ class Engine:
             time.sleep(min(self.scheduler.seconds_to_batch(time.monotonic()), _NAP))
             return []
         began = time.monotonic()
+        self._causes = {}
         states, updates = self._forward(plan)
         self._step_tokens += plan.num_tokens
         self._step_sizes[(plan.num_tokens - 1).bit_length()] += 1
@@ -189,22 +200,22 @@ class Engine:
         rows: list[Tensor] = []
         asked: list[Request] = []
         for request, hidden in states.items():
-            self._take_prompt(request, plan.tokens[request], hidden)
-            if request.num_computed < request.num_tokens:
+            updates += self._alone(request, self._take_prompt, plan.tokens[request], hidden)
+            if request.status is Status.FINISHED or request.num_computed < request.num_tokens:
                 continue
             if request.pooling is not None:
-                updates.append(self._finish(request, Update(request.request_id), "stop"))
+                updates += self._alone(request, self._finish_pooling)
                 continue
-            answers = [request, *self._fork(request)]
+            answers = [request]
+            for child in self._fork(request):
+                updates += self._alone(child, self._begin_fork, request)
+                answers += [] if child.status is Status.FINISHED else [child]
             asked += answers
             rows += [hidden[-1]] * len(answers)
-        if asked:
-            logits = self.runner.logits(torch.stack(rows))
-            sampled = self._sampler.sample(logits, [request.sampling for request in asked])
-            for request, one in zip(asked, sampled, strict=True):
-                updates += self._accept(request, one)
-            if plan.num_tokens >= _LARGE_STEP:  # a GPU has caught up by now: the tokens were read from it
-                self.costs.saw_forward(plan.num_tokens, time.monotonic() - began)
+        for request, one in zip(asked, self._sample(rows, asked), strict=True):
+            updates += self._alone(request, self._accept, one)
+        self._measure(plan, time.monotonic() - began, was_read=bool(asked))
+        self._judge(plan)
         return updates
 
     def stats(self) -> EngineStats:
@@ -256,26 +267,78 @@ class Engine:
             hidden = self.runner.forward(list(pieces.values()))
         except Exception:
             log.exception("A step of %d requests failed; computing them one by one", len(pieces))
+            self._caught_up = False
             return self._forward_one_by_one(pieces)
         return dict(zip(pieces, hidden.split(list(plan.tokens.values())), strict=True)), []
 
     def _forward_one_by_one(self, pieces: dict[Request, Piece]) -> tuple[dict[Request, Tensor], list[Update]]:
         states: dict[Request, Tensor] = {}
         updates: list[Update] = []
-        cause: Exception | None = None
         for request, piece in pieces.items():
             try:
                 states[request] = self.runner.forward([piece])
             except Exception as error:
-                cause = error
-                updates += self._fail(request, "The model could not compute this request.")
-        if not states and len(pieces) > 1:
-            raise RuntimeError(f"No request of a step of {len(pieces)} could be computed") from cause
+                self._causes[request] = error
+                updates += self._fail(request, _BROKEN)
         return states, updates
 
-    def _take_prompt(self, request: Request, tokens: int, hidden: Tensor) -> None:
+    def _alone(self, request: Request, work: Callable[..., list[Update]], *arguments: object) -> list[Update]:
+        """Does work for one request; what it raises ends that request and no other."""
+        try:
+            return work(request, *arguments)
+        except Exception as error:
+            log.exception("Request %s fails", request.request_id)
+            self._causes[request] = error
+            return self._fail(request, _BROKEN)
+
+    def _sample(self, rows: list[Tensor], asked: list[Request]) -> list[Sampled]:
+        """The next tokens, from the hidden states [hidden] of each request's last one."""
+        if not asked:
+            return []
+        states = [request.sampling for request in asked]
+        try:
+            return self._sampler.sample(self.runner.logits(torch.stack(rows)), states)
+        except Exception:
+            log.exception("Sampling for %d answers failed; sampling one by one", len(asked))
+            self._caught_up = False
+        sampled: list[Sampled] = []
+        for request, hidden in zip(asked, rows, strict=True):
+            request.sampling.rewind()
+            try:
+                sampled += self._sampler.sample(self.runner.logits(hidden[None]), [request.sampling])
+            except Exception as error:
+                self._causes[request] = error
+                sampled.append(Sampled(-1, error=_BROKEN))
+        return sampled
+
+    def _measure(self, plan: Schedule, seconds: float, *, was_read: bool) -> None:
+        """Learns how fast the model computes, from large steps that ran alone and at once.
+
+        A GPU has caught up only when something was read from it, so this must hold for the step before, too: else a
+        step is charged with the chunks of prompts that were still under way.
+        """
+        caught_up = was_read or self.cache.device.type == "cpu"
+        if caught_up and self._caught_up and plan.num_tokens >= _LARGE_STEP:
+            self.costs.saw_forward(plan.num_tokens, seconds)
+        self._caught_up = caught_up
+
+    def _judge(self, plan: Schedule) -> None:
+        """Tells requests that fail from an engine that does."""
+        if any(request not in self._causes for request in plan.tokens):
+            self._lost_steps = 0
+            return
+        self._lost_steps += 1
+        if len(plan.tokens) > 1 or self._lost_steps >= _LOST_STEPS:
+            raise RuntimeError(
+                f"None of {len(plan.tokens)} requests could be computed, in {self._lost_steps} steps one after another"
+            ) from next(iter(self._causes.values()))
+
+    def _take_prompt(self, request: Request, tokens: int, hidden: Tensor) -> list[Update]:
         """Keeps what is wanted of the prompt's hidden states [tokens, hidden], which went up to `num_computed`."""
         start = request.num_computed - tokens
+        if request.num_computed >= request.num_prompt and not request.prompt_computed:
+            request.prompt_computed = True
+            self._prompt_tokens += request.num_prompt
         if request.pooling == "mean":
             total = hidden.float().sum(0)
             request.pooled = total if request.pooled is None or start == 0 else request.pooled + total
@@ -283,7 +346,7 @@ class Engine:
             request.pooled = hidden[-1].float()
         wanted = request.params.prompt_logprobs
         if wanted is None or len(request.prompt_logprobs) >= request.num_prompt:
-            return
+            return []
         first = len(request.prompt_logprobs) - 1 - start  # the state before a token says how likely it was
         last = min(request.num_computed, request.num_prompt - 1) - start
         for at in range(max(first, 0), last, _LOGITS_ROWS):
@@ -291,16 +354,26 @@ class Engine:
             targets = request.token_ids[start + at + 1 : start + end + 1]
             found = self._sampler.logprobs_of(self.runner.logits(hidden[at:end]), targets, wanted)
             request.prompt_logprobs += [TokenLogprob(t, *one) for t, one in zip(targets, found, strict=True)]
+        return []
 
     def _fork(self, request: Request) -> list[Request]:
-        """The other answers to a prompt that has just been computed."""
-        children = [self.scheduler.fork(request, index + 1) for index in range(request.forks)]
-        for child in children:
-            grammar = self._grammars.compile(child.params.grammar) if child.params.grammar is not None else None
-            self._begin_answer(child, grammar)
-        request.forks = 0
-        self._live[request.request_id] += children
+        """The other answers to a prompt that has just been computed. They are still to begin."""
+        children: list[Request] = []
+        while request.forks:
+            children.append(self.scheduler.fork(request, request.params.n - request.forks))
+            self._live[request.request_id].append(children[-1])
+            request.forks -= 1
         return children
+
+    def _begin_fork(self, child: Request, parent: Request) -> list[Update]:
+        grammar = parent.sampling.grammar  # which has accepted nothing yet
+        self._begin_answer(child, None if grammar is None else grammar.copy())
+        return []
+
+    def _finish_pooling(self, request: Request) -> list[Update]:
+        if request.pooled is None or not bool(request.pooled.isfinite().all()):
+            return self._fail(request, "The model's hidden states are not finite (NaN or infinity).")
+        return [self._finish(request, Update(request.request_id), "stop")]
 
     def _accept(self, request: Request, sampled: Sampled) -> list[Update]:
         """Takes a new token into an answer."""
@@ -313,7 +386,6 @@ class Engine:
             update.logprobs = [TokenLogprob(token, sampled.logprob, sampled.top)]
         if request.first_token is None:
             request.first_token = now
-            self._prompt_tokens += request.num_prompt if request.index == 0 else 0
             if request.params.prompt_logprobs is not None and request.index == 0:
                 update.prompt_logprobs = request.prompt_logprobs
         request.last_token = now
@@ -321,8 +393,9 @@ class Engine:
         request.sampling.append(token)
         self._generation_tokens += 1
         reason = self._end_by_token(request, token, update)
-        if reason is None:
+        if reason is None or request.params.include_stop_str_in_output:
             update.text = request.text.push([token])
+        if reason is None:
             update.stop_reason = request.text.stop_reason
             grammar = request.sampling.grammar
             complete = grammar is not None and grammar.is_finished
@@ -339,7 +412,9 @@ class Engine:
 
     # -- beginnings and ends --
 
-    def _check(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+    def _check(
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, pooling: Pooling | None
+    ) -> None:
         if request_id in self._live:
             raise RequestError(f"There is a request {request_id!r} already.", param="request_id")
         if not prompt_ids:
@@ -348,7 +423,7 @@ class Engine:
             if not 0 <= token < self.vocab_size:
                 raise RequestError(f"Token id {token} is not in the vocabulary of {self.vocab_size}.", param="prompt")
         params.check_vocabulary(self.vocab_size)
-        wanted = 1 if params.max_tokens is None else params.max_tokens
+        wanted = 0 if pooling else 1 if params.max_tokens is None else params.max_tokens
         total = len(prompt_ids) + wanted
         if total > self.max_model_len:
             raise RequestError(
@@ -375,6 +450,7 @@ class Engine:
     def _fail(self, request: Request, error: str) -> list[Update]:
         """Ends an answer, and those that were to branch off from it."""
         others = [Update(request.request_id, index + 1, error=error) for index in range(request.forks)]
+        self._finished["error"] += request.forks
         failed = self._finish(request, Update(request.request_id, request.index, error=error), "error")
         for other in others:
             other.finish_reason, other.usage = failed.finish_reason, failed.usage
@@ -382,16 +458,17 @@ class Engine:
 
     def _finish(self, request: Request, update: Update, reason: FinishReason) -> Update:
         """Ends an answer, and gives its blocks back."""
+        if reason != "error":  # what led to that may be what does not work here
+            if request.text is not None and request.text.stop_reason is None:
+                update.text += request.text.finish()
+            if request.pooled is not None:
+                update.embedding = torch.nn.functional.normalize(request.pooled, dim=0).tolist()
         self.scheduler.finish(request)
         siblings = self._live[request.request_id]
         siblings.remove(request)
         if not siblings:
             del self._live[request.request_id]
         self._finished[reason] += 1
-        if request.text is not None and request.text.stop_reason is None:
-            update.text += request.text.finish()
-        if request.pooled is not None and reason == "stop":
-            update.embedding = torch.nn.functional.normalize(request.pooled, dim=0).tolist()
         update.finish_reason = reason
         update.usage = usage_of(request)
         return update
