@@ -58,18 +58,17 @@ def generate(matcher: GrammarMatcher, seed: int, most: int = 400) -> str:
     """What a model that knows nothing says within the grammar."""
     params = SamplingParams(seed=seed, max_tokens=most)
     state = SamplingState(params, [], vocab_size=VOCAB, eos_token_ids=[EOS], grammar=matcher)
-    stream = TextStream(tokenizer(), params, [])
+    stream, text = TextStream(tokenizer(), params, []), ""
     logits = torch.randn(most, VOCAB, generator=torch.Generator().manual_seed(seed))
     logits[:, EOS] += 4.0  # and would rather be done
     for row in logits:
         answer = Sampler().sample(row[None], [state])[0]
         assert answer.error is None
         state.append(answer.token_id)
-        stream.push([answer.token_id])
+        text += stream.push([answer.token_id])
         if answer.token_id == EOS or matcher.is_finished:
-            stream.finish()
-            return stream.text
-    raise AssertionError(f"no end within {most} tokens: {stream.text!r}")
+            return text + stream.finish()
+    raise AssertionError(f"no end within {most} tokens: {text!r}")
 
 
 def test_answers_validate_against_their_schema(compiler: GrammarCompiler) -> None:
