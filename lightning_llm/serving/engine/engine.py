@@ -16,19 +16,18 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from lightning_llm.models.decoder import Decoder
+from lightning_llm.serving.engine.answers import Answers
 from lightning_llm.serving.engine.config import EngineConfig
 from lightning_llm.serving.engine.costs import PreemptionCosts
 from lightning_llm.serving.engine.grammar import GrammarCompiler, GrammarMatcher
 from lightning_llm.serving.engine.kv_cache import KVCache
-from lightning_llm.serving.engine.outputs import EngineStats, FinishReason, TokenLogprob, Update, Usage
+from lightning_llm.serving.engine.outputs import EngineStats, TokenLogprob, Update
 from lightning_llm.serving.engine.params import SamplingParams
 from lightning_llm.serving.engine.request import Request, Status
 from lightning_llm.serving.engine.runner import Runner
 from lightning_llm.serving.engine.sampler import Sampled, Sampler
-from lightning_llm.serving.engine.sampling_state import SamplingState
 from lightning_llm.serving.engine.scheduler import Schedule, Scheduler
 from lightning_llm.serving.engine.sizing import block_bytes, cache_blocks, longest_sequence, window_of
-from lightning_llm.serving.engine.text import TextStream
 from lightning_llm.serving.errors import RequestError
 from lightning_llm.serving.kernels.batch import Piece
 
@@ -74,7 +73,6 @@ class Engine:
         self.max_model_len = longest_sequence(config, model, num_blocks)
         self.vocab_size = model.vocab_size
         self.eos_token_ids = frozenset(model.eos_token_ids if eos_token_ids is None else eos_token_ids)
-        self.tokenizer = tokenizer
         self.cache = KVCache(
             model,
             num_blocks,
@@ -96,12 +94,17 @@ class Engine:
         self.runner = Runner(decoder, self.cache, kernel=config.attention)
         self._sampler = Sampler()
         self._grammars = GrammarCompiler(tokenizer, model.vocab_size, self.eos_token_ids)
-        self._live: dict[str, list[Request]] = {}
-        self._finished: Counter[str] = Counter()
+        self._answers = Answers(
+            self.scheduler,
+            tokenizer,
+            vocab_size=model.vocab_size,
+            max_model_len=self.max_model_len,
+            eos_token_ids=self.eos_token_ids,
+        )
         self._causes: dict[Request, Exception] = {}  # of what failed in this step, other than by the model's numbers
         self._lost_steps = 0
         self._caught_up = True  # whether the device had nothing left to do when the last step ended
-        self._prompt_tokens = self._generation_tokens = self._step_tokens = 0
+        self._prompt_tokens = self._step_tokens = 0
         self._step_sizes: Counter[int] = Counter()  # by the power of two that is not less
 
     # -- what callers do --
@@ -148,10 +151,10 @@ class Engine:
             max_output=params.max_tokens or self.max_model_len - len(prompt_ids),
         )
         if pooling is None:
-            self._begin_answer(request, grammar)
+            self._answers.begin(request, grammar)
         if params.prompt_logprobs is not None:
             request.prompt_logprobs = [None]
-        self._live[request_id] = [request]
+        self._answers.live[request_id] = [request]
         self.scheduler.add(request)
 
     def prepare(self, params: SamplingParams) -> GrammarMatcher | None:
@@ -164,9 +167,7 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """Ends a request, wherever it stands; its blocks are free when this returns. Unknown ones are passed over."""
-        for request in self._live.pop(request_id, ()):
-            self._finished["abort"] += 1 + request.forks
-            self.scheduler.finish(request)
+        self._answers.abort(request_id)
 
     def close(self) -> None:
         """Ends the process that waits for grammars."""
@@ -204,16 +205,16 @@ class Engine:
             if request.status is Status.FINISHED or request.num_computed < request.num_tokens:
                 continue
             if request.pooling is not None:
-                updates += self._alone(request, self._finish_pooling)
+                updates += self._alone(request, self._answers.finish_pooling)
                 continue
             answers = [request]
-            for child in self._fork(request):
-                updates += self._alone(child, self._begin_fork, request)
+            for child in self._answers.fork(request):
+                updates += self._alone(child, self._answers.begin_fork, request)
                 answers += [] if child.status is Status.FINISHED else [child]
             asked += answers
             rows += [hidden[-1]] * len(answers)
         for request, one in zip(asked, self._sample(rows, asked), strict=True):
-            updates += self._alone(request, self._accept, one)
+            updates += self._alone(request, self._answers.accept, one)
         self._measure(plan, time.monotonic() - began, was_read=bool(asked))
         self._judge(plan)
         return updates
@@ -233,9 +234,9 @@ class Engine:
             prefix_cache_queries=scheduler.prefix_queries,
             prefix_cache_hits=scheduler.prefix_hits,
             prompt_tokens=self._prompt_tokens,
-            generation_tokens=self._generation_tokens,
+            generation_tokens=self._answers.generation_tokens,
             steps=self._step_sizes.total(),
-            requests_finished=dict(self._finished),
+            requests_finished=dict(self._answers.finished),
             step_tokens=self._step_tokens,
             step_sizes=[self._step_sizes[power] for power in range(max(self._step_sizes, default=-1) + 1)],
         )
@@ -279,7 +280,7 @@ class Engine:
                 states[request] = self.runner.forward([piece])
             except Exception as error:
                 self._causes[request] = error
-                updates += self._fail(request, _BROKEN)
+                updates += self._answers.fail(request, _BROKEN)
         return states, updates
 
     def _alone(self, request: Request, work: Callable[..., list[Update]], *arguments: object) -> list[Update]:
@@ -289,7 +290,7 @@ class Engine:
         except Exception as error:
             log.exception("Request %s fails", request.request_id)
             self._causes[request] = error
-            return self._fail(request, _BROKEN)
+            return self._answers.fail(request, _BROKEN)
 
     def _sample(self, rows: list[Tensor], asked: list[Request]) -> list[Sampled]:
         """The next tokens, from the hidden states [hidden] of each request's last one."""
@@ -356,66 +357,10 @@ class Engine:
             request.prompt_logprobs += [TokenLogprob(t, *one) for t, one in zip(targets, found, strict=True)]
         return []
 
-    def _fork(self, request: Request) -> list[Request]:
-        """The other answers to a prompt that has just been computed. They are still to begin."""
-        children: list[Request] = []
-        while request.forks:
-            children.append(self.scheduler.fork(request, request.params.n - request.forks))
-            self._live[request.request_id].append(children[-1])
-            request.forks -= 1
-        return children
-
-    def _begin_fork(self, child: Request, parent: Request) -> list[Update]:
-        grammar = parent.sampling.grammar  # which has accepted nothing yet
-        self._begin_answer(child, None if grammar is None else grammar.copy())
-        return []
-
-    def _finish_pooling(self, request: Request) -> list[Update]:
-        if request.pooled is None or not bool(request.pooled.isfinite().all()):
-            return self._fail(request, "The model's hidden states are not finite (NaN or infinity).")
-        return [self._finish(request, Update(request.request_id), "stop")]
-
-    def _accept(self, request: Request, sampled: Sampled) -> list[Update]:
-        """Takes a new token into an answer."""
-        if sampled.error is not None:
-            return self._fail(request, sampled.error)
-        now = time.monotonic()
-        token = sampled.token_id
-        update = Update(request.request_id, request.index, [token])
-        if request.params.logprobs is not None and sampled.logprob is not None:
-            update.logprobs = [TokenLogprob(token, sampled.logprob, sampled.top)]
-        if request.first_token is None:
-            request.first_token = now
-            if request.params.prompt_logprobs is not None and request.index == 0:
-                update.prompt_logprobs = request.prompt_logprobs
-        request.last_token = now
-        request.token_ids.append(token)
-        request.sampling.append(token)
-        self._generation_tokens += 1
-        reason = self._end_by_token(request, token, update)
-        if reason is None or request.params.include_stop_str_in_output:
-            update.text = request.text.push([token])
-        if reason is None:
-            update.stop_reason = request.text.stop_reason
-            grammar = request.sampling.grammar
-            complete = grammar is not None and grammar.is_finished
-            reason = "stop" if update.stop_reason is not None or complete else None
-        if reason is None and (request.num_output >= request.max_output or request.num_tokens >= self.max_model_len):
-            reason = "length"
-        return [update if reason is None else self._finish(request, update, reason)]
-
-    def _end_by_token(self, request: Request, token: int, update: Update) -> FinishReason | None:
-        if token in request.params.stop_token_ids:
-            update.stop_reason = token
-            return "stop"
-        return "stop" if token in self.eos_token_ids and not request.params.ignore_eos else None
-
-    # -- beginnings and ends --
-
     def _check(
         self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, pooling: Pooling | None
     ) -> None:
-        if request_id in self._live:
+        if request_id in self._answers.live:
             raise RequestError(f"There is a request {request_id!r} already.", param="request_id")
         if not prompt_ids:
             raise RequestError("The prompt has no tokens: give at least one.", param="prompt")
@@ -434,57 +379,3 @@ class Engine:
             )
         if params.n > self.config.max_num_seqs:
             raise RequestError(f"n is {params.n}; at most {self.config.max_num_seqs} run at a time.", param="n")
-
-    def _begin_answer(self, request: Request, grammar: GrammarMatcher | None) -> None:
-        prompt = request.token_ids[: request.num_prompt]
-        request.sampling = SamplingState(
-            request.params,
-            prompt,
-            vocab_size=self.vocab_size,
-            eos_token_ids=self.eos_token_ids,
-            grammar=grammar,
-            seed_offset=request.index,
-        )
-        request.text = TextStream(self.tokenizer, request.params, prompt)
-
-    def _fail(self, request: Request, error: str) -> list[Update]:
-        """Ends an answer, and those that were to branch off from it."""
-        others = [Update(request.request_id, index + 1, error=error) for index in range(request.forks)]
-        self._finished["error"] += request.forks
-        failed = self._finish(request, Update(request.request_id, request.index, error=error), "error")
-        for other in others:
-            other.finish_reason, other.usage = failed.finish_reason, failed.usage
-        return [failed, *others]
-
-    def _finish(self, request: Request, update: Update, reason: FinishReason) -> Update:
-        """Ends an answer, and gives its blocks back."""
-        if reason != "error":  # what led to that may be what does not work here
-            if request.text is not None and request.text.stop_reason is None:
-                update.text += request.text.finish()
-            if request.pooled is not None:
-                update.embedding = torch.nn.functional.normalize(request.pooled, dim=0).tolist()
-        self.scheduler.finish(request)
-        siblings = self._live[request.request_id]
-        siblings.remove(request)
-        if not siblings:
-            del self._live[request.request_id]
-        self._finished[reason] += 1
-        update.finish_reason = reason
-        update.usage = usage_of(request)
-        return update
-
-
-def usage_of(request: Request) -> Usage:
-    """Tokens and times of an answer that has ended."""
-    now = time.monotonic()
-    scheduled = request.first_scheduled or now
-    first = request.first_token or now
-    return Usage(
-        prompt_tokens=request.num_prompt,
-        completion_tokens=request.num_output,
-        cached_tokens=request.num_cached,
-        preemptions=request.num_preemptions,
-        queued=scheduled - request.arrival,
-        prefill=first - scheduled,
-        decode=(request.last_token or first) - first,
-    )
