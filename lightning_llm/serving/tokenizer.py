@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer
 from lightning_llm.data.tokenizer import TOKENIZER_FILE, load_tokenizer, vocabulary_size
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.serving.chat_template import ChatTemplate
+from lightning_llm.serving.engine.vocabulary import vocabulary_of
 from lightning_llm.serving.errors import RequestError
 
 CONFIG_FILE = "tokenizer_config.json"
@@ -140,20 +140,7 @@ class ModelTokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for in a text, which need not be whole characters; none of an unused id."""
-        return self._bytes.get(token, b"")
-
-    @cached_property
-    def special_token_ids(self) -> frozenset[int]:
-        """Tokens that `decode` leaves out."""
-        return frozenset(number for number, token in self.backend.get_added_tokens_decoder().items() if token.special)
-
-    @cached_property
-    def _bytes(self) -> dict[int, bytes]:
-        kinds = _step_types(json.loads(self.backend.to_str()).get("decoder"))
-        spell = _byte_level if "ByteLevel" in kinds else _byte_fallback
-        spelled = {number: spell(token) for token, number in self.backend.get_vocab(with_added_tokens=False).items()}
-        added = self.backend.get_added_tokens_decoder()
-        return spelled | {number: token.content.encode() for number, token in added.items()}
+        return vocabulary_of(self.backend).bytes_of(token)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -212,33 +199,3 @@ def _read_templates(folder: Path, settings: Mapping[str, Any], chosen: str | Pat
     elif isinstance(templates, str):
         templates = {"default": templates}
     return templates or {}, f"chat_template in {folder / CONFIG_FILE}"
-
-
-def _step_types(part: Any) -> set[str]:
-    """Types of a decoder's steps, in a `tokenizer.json`."""
-    if not isinstance(part, dict):
-        return set()
-    return {str(part.get("type"))}.union(*(_step_types(step) for step in part.get("decoders", ())))
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in of each byte -> the byte: itself where printable, else from U+0100 on."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
-
-
-_BYTES = _byte_alphabet()
-
-
-def _byte_level(token: str) -> bytes:
-    if all(character in _BYTES for character in token):
-        return bytes(_BYTES[character] for character in token)
-    return token.encode()
-
-
-def _byte_fallback(token: str) -> bytes:
-    """SentencePiece's: `<0x0A>` is a byte, and U+2581 a space."""
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        return bytes([int(token[3:5], 16)])
-    return token.replace("▁", " ").encode()

@@ -94,9 +94,11 @@ def _main() -> None:
     line = sys.stdin.readline()
     if not line:  # whoever kept this process ready is gone
         return
-    for limit, value in ((resource.RLIMIT_AS, _MEMORY), (resource.RLIMIT_CPU, _SECONDS), (resource.RLIMIT_CORE, 0)):
+    # At the soft limit of CPU time comes SIGXCPU, at the hard one SIGKILL, which looks like that of the machine.
+    most = {resource.RLIMIT_AS: _MEMORY, resource.RLIMIT_CPU: _SECONDS, resource.RLIMIT_CORE: 0}
+    for limit, value in most.items():
         with contextlib.suppress(ValueError, OSError):  # macOS has no limit of address space
-            resource.setrlimit(limit, (value, value))
+            resource.setrlimit(limit, (value, value + 1))
     threading.stack_size(_STACK)
     request = json.loads(line)
     thread = threading.Thread(target=lambda: print(json.dumps(_try(request["kind"], request["text"])), flush=True))

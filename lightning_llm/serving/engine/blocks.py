@@ -11,7 +11,7 @@ from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
-NULL_BLOCK = 0  # stands in block tables for what a sliding window has left behind; nobody's, never read
+from lightning_llm.serving.kernels.batch import NULL_BLOCK
 
 
 def chain_root(*parts: str) -> bytes:
@@ -123,11 +123,6 @@ class BlockPool:
     def find(self, content: bytes) -> int | None:
         """The block with this content, if there is one; `share` it to hold it."""
         return self._found.get(content)
-
-    def clear_cache(self) -> None:
-        """Forgets what is in the blocks, as new weights require."""
-        for block in list(self._found.values()):
-            self._forget(block)
 
     def _forget(self, block: int) -> None:
         content = self._hashes[block]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
 import torch
@@ -16,19 +16,18 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from lightning_llm.models.decoder import Decoder
+from lightning_llm.serving.engine.answers import Answers
 from lightning_llm.serving.engine.config import EngineConfig
 from lightning_llm.serving.engine.costs import PreemptionCosts
 from lightning_llm.serving.engine.grammar import GrammarCompiler, GrammarMatcher
 from lightning_llm.serving.engine.kv_cache import KVCache
-from lightning_llm.serving.engine.outputs import EngineStats, FinishReason, TokenLogprob, Update, Usage
+from lightning_llm.serving.engine.outputs import EngineStats, TokenLogprob, Update
 from lightning_llm.serving.engine.params import SamplingParams
-from lightning_llm.serving.engine.request import Request
+from lightning_llm.serving.engine.request import Request, Status
 from lightning_llm.serving.engine.runner import Runner
 from lightning_llm.serving.engine.sampler import Sampled, Sampler
-from lightning_llm.serving.engine.sampling_state import SamplingState
 from lightning_llm.serving.engine.scheduler import Schedule, Scheduler
 from lightning_llm.serving.engine.sizing import block_bytes, cache_blocks, longest_sequence, window_of
-from lightning_llm.serving.engine.text import TextStream
 from lightning_llm.serving.errors import RequestError
 from lightning_llm.serving.kernels.batch import Piece
 
@@ -38,6 +37,8 @@ Pooling = Literal["mean", "last"]
 
 _LOGITS_ROWS = 256  # of a prompt at a time: all at once would dwarf the model
 _NAP = 0.005  # seconds; who steps the engine has others to listen to while a batch waits to be filled
+_LOST_STEPS = 5  # one after another in which the only request failed: it may be the requests, but no longer
+_BROKEN = "The model could not compute this request."
 _LARGE_STEP = 64  # tokens; a step of so many is bound by computing
 
 
@@ -74,7 +75,6 @@ class Engine:
         self.max_model_len = longest_sequence(config, model, num_blocks)
         self.vocab_size = model.vocab_size
         self.eos_token_ids = frozenset(model.eos_token_ids if eos_token_ids is None else eos_token_ids)
-        self.tokenizer = tokenizer
         self.cache = KVCache(
             model,
             num_blocks,
@@ -96,9 +96,17 @@ class Engine:
         self.runner = Runner(decoder, self.cache, kernel=config.attention)
         self._sampler = Sampler()
         self._grammars = GrammarCompiler(tokenizer, model.vocab_size, self.eos_token_ids)
-        self._live: dict[str, list[Request]] = {}
-        self._finished: Counter[str] = Counter()
-        self._prompt_tokens = self._generation_tokens = self._step_tokens = 0
+        self._answers = Answers(
+            self.scheduler,
+            tokenizer,
+            vocab_size=model.vocab_size,
+            max_model_len=self.max_model_len,
+            eos_token_ids=self.eos_token_ids,
+        )
+        self._causes: dict[Request, Exception] = {}  # of what failed in this step, other than by the model's numbers
+        self._lost_steps = 0
+        self._caught_up = True  # whether the device had nothing left to do when the last step ended
+        self._prompt_tokens = self._step_tokens = 0
         self._step_sizes: Counter[int] = Counter()  # by the power of two that is not less
 
     # -- what callers do --
@@ -113,6 +121,7 @@ class Engine:
         cache_salt: str = "",
         pooling: Pooling | None = None,
         arrival: float | None = None,
+        grammar: GrammarMatcher | None = None,
     ) -> None:
         """Lets a request wait for its turn.
 
@@ -125,12 +134,13 @@ class Engine:
             pooling: Instead of an answer, the prompt's hidden states as one vector of length 1: the "mean" over its
                 tokens, or that of the "last".
             arrival: When it came, in seconds of `time.monotonic`; None is now.
+            grammar: What `prepare` made of `params`; without it a grammar is compiled here.
 
         Raises:
             RequestError: It cannot be answered; nothing was added.
         """
-        self._check(request_id, prompt_ids, params)
-        grammar = self._grammars.compile(params.grammar) if params.grammar is not None else None
+        self._check(request_id, prompt_ids, params, pooling)
+        grammar = grammar or self.prepare(params)
         request = Request(
             request_id=request_id,
             token_ids=list(prompt_ids),
@@ -143,26 +153,27 @@ class Engine:
             max_output=params.max_tokens or self.max_model_len - len(prompt_ids),
         )
         if pooling is None:
-            self._begin_answer(request, grammar)
+            self._answers.begin(request, grammar)
         if params.prompt_logprobs is not None:
             request.prompt_logprobs = [None]
-        self._live[request_id] = [request]
+        self._answers.live[request_id] = [request]
         self.scheduler.add(request)
 
-    def prepare(self, params: SamplingParams) -> None:
+    def prepare(self, params: SamplingParams) -> GrammarMatcher | None:
         """Does beforehand what `add` would take long for; the one method that may be called by another thread.
 
         Raises:
             RequestError: `add` would raise it.
         """
-        if params.grammar is not None:
-            self._grammars.compile(params.grammar)
+        return None if params.grammar is None else self._grammars.compile(params.grammar)
 
     def abort(self, request_id: str) -> None:
         """Ends a request, wherever it stands; its blocks are free when this returns. Unknown ones are passed over."""
-        for request in self._live.pop(request_id, ()):
-            self._finished["abort"] += 1
-            self.scheduler.finish(request)
+        self._answers.abort(request_id)
+
+    def close(self) -> None:
+        """Ends the process that waits for grammars."""
+        self._grammars.close()
 
     @property
     def has_work(self) -> bool:
@@ -176,7 +187,7 @@ class Engine:
         A request that fails does so alone, as an update with `error`.
 
         Raises:
-            RuntimeError: All of several requests failed, so it is the engine that does not work.
+            RuntimeError: All of several requests failed, or one after another, so it is the engine that does not work.
         """
         plan = self.scheduler.schedule(time.monotonic())
         self._move_blocks(plan)
@@ -184,6 +195,7 @@ class Engine:
             time.sleep(min(self.scheduler.seconds_to_batch(time.monotonic()), _NAP))
             return []
         began = time.monotonic()
+        self._causes = {}
         states, updates = self._forward(plan)
         self._step_tokens += plan.num_tokens
         self._step_sizes[(plan.num_tokens - 1).bit_length()] += 1
@@ -191,22 +203,22 @@ class Engine:
         rows: list[Tensor] = []
         asked: list[Request] = []
         for request, hidden in states.items():
-            self._take_prompt(request, plan.tokens[request], hidden)
-            if request.num_computed < request.num_tokens:
+            updates += self._alone(request, self._take_prompt, plan.tokens[request], hidden)
+            if request.status is Status.FINISHED or request.num_computed < request.num_tokens:
                 continue
             if request.pooling is not None:
-                updates.append(self._finish(request, Update(request.request_id), "stop"))
+                updates += self._alone(request, self._answers.finish_pooling)
                 continue
-            answers = [request, *self._fork(request)]
+            answers = [request]
+            for child in self._answers.fork(request):
+                updates += self._alone(child, self._answers.begin_fork, request)
+                answers += [] if child.status is Status.FINISHED else [child]
             asked += answers
             rows += [hidden[-1]] * len(answers)
-        if asked:
-            logits = self.runner.logits(torch.stack(rows))
-            sampled = self._sampler.sample(logits, [request.sampling for request in asked])
-            for request, one in zip(asked, sampled, strict=True):
-                updates += self._accept(request, one)
-            if plan.num_tokens >= _LARGE_STEP:  # a GPU has caught up by now: the tokens were read from it
-                self.costs.saw_forward(plan.num_tokens, time.monotonic() - began)
+        for request, one in zip(asked, self._sample(rows, asked), strict=True):
+            updates += self._alone(request, self._answers.accept, one)
+        self._measure(plan, time.monotonic() - began, was_read=bool(asked))
+        self._judge(plan)
         return updates
 
     def stats(self) -> EngineStats:
@@ -224,9 +236,9 @@ class Engine:
             prefix_cache_queries=scheduler.prefix_queries,
             prefix_cache_hits=scheduler.prefix_hits,
             prompt_tokens=self._prompt_tokens,
-            generation_tokens=self._generation_tokens,
+            generation_tokens=self._answers.generation_tokens,
             steps=self._step_sizes.total(),
-            requests_finished=dict(self._finished),
+            requests_finished=dict(self._answers.finished),
             step_tokens=self._step_tokens,
             step_sizes=[self._step_sizes[power] for power in range(max(self._step_sizes, default=-1) + 1)],
         )
@@ -258,26 +270,78 @@ class Engine:
             hidden = self.runner.forward(list(pieces.values()))
         except Exception:
             log.exception("A step of %d requests failed; computing them one by one", len(pieces))
+            self._caught_up = False
             return self._forward_one_by_one(pieces)
         return dict(zip(pieces, hidden.split(list(plan.tokens.values())), strict=True)), []
 
     def _forward_one_by_one(self, pieces: dict[Request, Piece]) -> tuple[dict[Request, Tensor], list[Update]]:
         states: dict[Request, Tensor] = {}
         updates: list[Update] = []
-        cause: Exception | None = None
         for request, piece in pieces.items():
             try:
                 states[request] = self.runner.forward([piece])
             except Exception as error:
-                cause = error
-                updates += self._fail(request, "The model could not compute this request.")
-        if not states and len(pieces) > 1:
-            raise RuntimeError(f"No request of a step of {len(pieces)} could be computed") from cause
+                self._causes[request] = error
+                updates += self._answers.fail(request, _BROKEN)
         return states, updates
 
-    def _take_prompt(self, request: Request, tokens: int, hidden: Tensor) -> None:
+    def _alone(self, request: Request, work: Callable[..., list[Update]], *arguments: object) -> list[Update]:
+        """Does work for one request; what it raises ends that request and no other."""
+        try:
+            return work(request, *arguments)
+        except Exception as error:
+            log.exception("Request %s fails", request.request_id)
+            self._causes[request] = error
+            return self._answers.fail(request, _BROKEN)
+
+    def _sample(self, rows: list[Tensor], asked: list[Request]) -> list[Sampled]:
+        """The next tokens, from the hidden states [hidden] of each request's last one."""
+        if not asked:
+            return []
+        states = [request.sampling for request in asked]
+        try:
+            return self._sampler.sample(self.runner.logits(torch.stack(rows)), states)
+        except Exception:
+            log.exception("Sampling for %d answers failed; sampling one by one", len(asked))
+            self._caught_up = False
+        sampled: list[Sampled] = []
+        for request, hidden in zip(asked, rows, strict=True):
+            request.sampling.rewind()
+            try:
+                sampled += self._sampler.sample(self.runner.logits(hidden[None]), [request.sampling])
+            except Exception as error:
+                self._causes[request] = error
+                sampled.append(Sampled(-1, error=_BROKEN))
+        return sampled
+
+    def _measure(self, plan: Schedule, seconds: float, *, was_read: bool) -> None:
+        """Learns how fast the model computes, from large steps that ran alone and at once.
+
+        A GPU has caught up only when something was read from it, so this must hold for the step before, too: else a
+        step is charged with the chunks of prompts that were still under way.
+        """
+        caught_up = was_read or self.cache.device.type == "cpu"
+        if caught_up and self._caught_up and plan.num_tokens >= _LARGE_STEP:
+            self.costs.saw_forward(plan.num_tokens, seconds)
+        self._caught_up = caught_up
+
+    def _judge(self, plan: Schedule) -> None:
+        """Tells requests that fail from an engine that does."""
+        if any(request not in self._causes for request in plan.tokens):
+            self._lost_steps = 0
+            return
+        self._lost_steps += 1
+        if len(plan.tokens) > 1 or self._lost_steps >= _LOST_STEPS:
+            raise RuntimeError(
+                f"None of {len(plan.tokens)} requests could be computed, in {self._lost_steps} steps one after another"
+            ) from next(iter(self._causes.values()))
+
+    def _take_prompt(self, request: Request, tokens: int, hidden: Tensor) -> list[Update]:
         """Keeps what is wanted of the prompt's hidden states [tokens, hidden], which went up to `num_computed`."""
         start = request.num_computed - tokens
+        if request.num_computed >= request.num_prompt and not request.prompt_computed:
+            request.prompt_computed = True
+            self._prompt_tokens += request.num_prompt
         if request.pooling == "mean":
             total = hidden.float().sum(0)
             request.pooled = total if request.pooled is None or start == 0 else request.pooled + total
@@ -285,7 +349,7 @@ class Engine:
             request.pooled = hidden[-1].float()
         wanted = request.params.prompt_logprobs
         if wanted is None or len(request.prompt_logprobs) >= request.num_prompt:
-            return
+            return []
         first = len(request.prompt_logprobs) - 1 - start  # the state before a token says how likely it was
         last = min(request.num_computed, request.num_prompt - 1) - start
         for at in range(max(first, 0), last, _LOGITS_ROWS):
@@ -293,56 +357,12 @@ class Engine:
             targets = request.token_ids[start + at + 1 : start + end + 1]
             found = self._sampler.logprobs_of(self.runner.logits(hidden[at:end]), targets, wanted)
             request.prompt_logprobs += [TokenLogprob(t, *one) for t, one in zip(targets, found, strict=True)]
+        return []
 
-    def _fork(self, request: Request) -> list[Request]:
-        """The other answers to a prompt that has just been computed."""
-        children = [self.scheduler.fork(request, index + 1) for index in range(request.forks)]
-        for child in children:
-            grammar = self._grammars.compile(child.params.grammar) if child.params.grammar is not None else None
-            self._begin_answer(child, grammar)
-        request.forks = 0
-        self._live[request.request_id] += children
-        return children
-
-    def _accept(self, request: Request, sampled: Sampled) -> list[Update]:
-        """Takes a new token into an answer."""
-        if sampled.error is not None:
-            return self._fail(request, sampled.error)
-        now = time.monotonic()
-        token = sampled.token_id
-        update = Update(request.request_id, request.index, [token])
-        if request.params.logprobs is not None and sampled.logprob is not None:
-            update.logprobs = [TokenLogprob(token, sampled.logprob, sampled.top)]
-        if request.first_token is None:
-            request.first_token = now
-            self._prompt_tokens += request.num_prompt if request.index == 0 else 0
-            if request.params.prompt_logprobs is not None and request.index == 0:
-                update.prompt_logprobs = request.prompt_logprobs
-        request.last_token = now
-        request.token_ids.append(token)
-        request.sampling.append(token)
-        self._generation_tokens += 1
-        reason = self._end_by_token(request, token, update)
-        if reason is None:
-            update.text = request.text.push([token])
-            update.stop_reason = request.text.stop_reason
-            grammar = request.sampling.grammar
-            complete = grammar is not None and grammar.is_finished
-            reason = "stop" if update.stop_reason is not None or complete else None
-        if reason is None and (request.num_output >= request.max_output or request.num_tokens >= self.max_model_len):
-            reason = "length"
-        return [update if reason is None else self._finish(request, update, reason)]
-
-    def _end_by_token(self, request: Request, token: int, update: Update) -> FinishReason | None:
-        if token in request.params.stop_token_ids:
-            update.stop_reason = token
-            return "stop"
-        return "stop" if token in self.eos_token_ids and not request.params.ignore_eos else None
-
-    # -- beginnings and ends --
-
-    def _check(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> None:
-        if request_id in self._live:
+    def _check(
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, pooling: Pooling | None
+    ) -> None:
+        if request_id in self._answers.live:
             raise RequestError(f"There is a request {request_id!r} already.", param="request_id")
         if not prompt_ids:
             raise RequestError("The prompt has no tokens: give at least one.", param="prompt")
@@ -350,7 +370,7 @@ class Engine:
             if not 0 <= token < self.vocab_size:
                 raise RequestError(f"Token id {token} is not in the vocabulary of {self.vocab_size}.", param="prompt")
         params.check_vocabulary(self.vocab_size)
-        wanted = 1 if params.max_tokens is None else params.max_tokens
+        wanted = 0 if pooling else 1 if params.max_tokens is None else params.max_tokens
         total = len(prompt_ids) + wanted
         if total > self.max_model_len:
             raise RequestError(
@@ -361,55 +381,3 @@ class Engine:
             )
         if params.n > self.config.max_num_seqs:
             raise RequestError(f"n is {params.n}; at most {self.config.max_num_seqs} run at a time.", param="n")
-
-    def _begin_answer(self, request: Request, grammar: GrammarMatcher | None) -> None:
-        prompt = request.token_ids[: request.num_prompt]
-        request.sampling = SamplingState(
-            request.params,
-            prompt,
-            vocab_size=self.vocab_size,
-            eos_token_ids=self.eos_token_ids,
-            grammar=grammar,
-            seed_offset=request.index,
-        )
-        request.text = TextStream(self.tokenizer, request.params, prompt)
-
-    def _fail(self, request: Request, error: str) -> list[Update]:
-        """Ends an answer, and those that were to branch off from it."""
-        others = [Update(request.request_id, index + 1, error=error) for index in range(request.forks)]
-        failed = self._finish(request, Update(request.request_id, request.index, error=error), "error")
-        for other in others:
-            other.finish_reason, other.usage = failed.finish_reason, failed.usage
-        return [failed, *others]
-
-    def _finish(self, request: Request, update: Update, reason: FinishReason) -> Update:
-        """Ends an answer, and gives its blocks back."""
-        self.scheduler.finish(request)
-        siblings = self._live[request.request_id]
-        siblings.remove(request)
-        if not siblings:
-            del self._live[request.request_id]
-        self._finished[reason] += 1
-        if request.text is not None and request.text.stop_reason is None:
-            update.text += request.text.finish()
-        if request.pooled is not None and reason == "stop":
-            update.embedding = torch.nn.functional.normalize(request.pooled, dim=0).tolist()
-        update.finish_reason = reason
-        update.usage = usage_of(request)
-        return update
-
-
-def usage_of(request: Request) -> Usage:
-    """Tokens and times of an answer that has ended."""
-    now = time.monotonic()
-    scheduled = request.first_scheduled or now
-    first = request.first_token or now
-    return Usage(
-        prompt_tokens=request.num_prompt,
-        completion_tokens=request.num_output,
-        cached_tokens=request.num_cached,
-        preemptions=request.num_preemptions,
-        queued=scheduled - request.arrival,
-        prefill=first - scheduled,
-        decode=(request.last_token or first) - first,
-    )

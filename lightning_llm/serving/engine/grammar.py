@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tokenizers import Tokenizer
 
+from lightning_llm.errors import ConfigurationError
 from lightning_llm.serving.engine.params import Grammar
 from lightning_llm.serving.engine.vocabulary import Vocabulary, vocabulary_of
 from lightning_llm.serving.errors import RequestError
@@ -29,8 +30,12 @@ if TYPE_CHECKING:
 
 MAX_GRAMMAR_BYTES = 64 * 1024
 MAX_REGEX_BYTES = 8 * 1024
+_LEAST_BYTES, _BYTES_PER_CHARACTER = 64 * 1024, 16  # that a compiled grammar takes, whatever its trial measured
 _TRIAL_TIMEOUT = 10.0  # seconds; the trial limits its own CPU time, so this is for a machine that is very busy
 _STEP_SECONDS = 0.5  # of CPU time
+_TIMED_OUT = None  # the trial's exit status where it had none
+_DID_NOT_BEGIN = 1  # Python's exit status after an exception, such as ImportError
+_KILLED_BY_OTHERS = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
 _TRIAL = Path(__file__).with_name("_grammar_trial.py")
 
 
@@ -109,7 +114,8 @@ class GrammarCompiler:
         self._cache: OrderedDict[Grammar, tuple[GrammarMatcher, int]] = OrderedDict()
         self.cached_bytes = 0
         self._tokens: LLTokenizer | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the cache and the process; never held for long
+        self._tokens_lock = threading.Lock()  # making them takes a second, in which what is cached must be found
         self._ready: subprocess.Popen[str] | None = None  # a process that awaits its grammar: starting takes 0.1 s
 
     def compile(self, grammar: Grammar) -> GrammarMatcher:
@@ -117,7 +123,7 @@ class GrammarCompiler:
 
         Raises:
             RequestError: The grammar is not one, or takes too much time, memory or depth; `param` is "response_format".
-            ConfigurationError: llguidance is not installed.
+            ConfigurationError: llguidance cannot be imported.
         """
         with self._lock:
             known = self._cache.get(grammar)
@@ -152,32 +158,47 @@ class GrammarCompiler:
 
     def _try(self, grammar: Grammar) -> int:
         """Compiles in a process of its own; returns the bytes that it took."""
-        with self._lock:
-            process, self._ready = self._ready or _start_trial(), None
         request = json.dumps({"kind": grammar.kind, "text": grammar.text}) + "\n"
-        try:
-            output, _ = process.communicate(request, timeout=_TRIAL_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output, _ = process.communicate()
-        finally:
-            with self._lock:
-                self._ready = self._ready or _start_trial()
-        if process.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+        status, output = self._run_trial(request)
+        if status in _KILLED_BY_OTHERS:  # the machine was short of memory, or somebody ended what seemed idle
+            status, output = self._run_trial(request)
+        if status in (_TIMED_OUT, -signal.SIGXCPU):
             raise _refusal(grammar, "compiling it takes too long; make it smaller")
-        if process.returncode != 0 or not output:
+        if status == _DID_NOT_BEGIN:
+            raise ConfigurationError(
+                "Answers that follow a grammar need the packages llguidance and psutil, and the process that imports "
+                "them fails: pip install 'lightning-llm[serve]'."
+            )
+        if status != 0 or not output:
             raise _refusal(grammar, "compiling it takes too much memory, or it is nested too deeply; make it smaller")
         answer = json.loads(output)
         if answer["error"]:
             raise _refusal(grammar, answer["error"])
-        return max(answer["bytes"], 2 * len(grammar.text))
+        return max(answer["bytes"], _LEAST_BYTES + _BYTES_PER_CHARACTER * len(grammar.text))
+
+    def _run_trial(self, request: str) -> tuple[int | None, str]:
+        """The trial's exit status, None if it took too long, and what it printed."""
+        with self._lock:
+            process, self._ready = self._ready, None
+        if process is None or process.poll() is not None:  # a signal to all of a terminal ends this one too
+            process = _start_trial()
+        try:
+            output, _ = process.communicate(request, timeout=_TRIAL_TIMEOUT)
+            return process.returncode, output
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            return _TIMED_OUT, ""
+        finally:
+            with self._lock:
+                self._ready = self._ready or _start_trial()
 
     def _compile(self, grammar: Grammar) -> GrammarMatcher:
         from llguidance import LLMatcher
 
         from lightning_llm.serving.engine._grammar_trial import limits, to_llguidance
 
-        with self._lock:
+        with self._tokens_lock:
             if self._tokens is None:
                 self._tokens = _to_llguidance_tokenizer(self._vocabulary, self._vocab_size, self._eos_token_ids)
             tokens = self._tokens

@@ -166,9 +166,10 @@ class EngineStats:
         num_requests_running, num_requests_waiting, num_requests_swapped: Sequences; swapped ones are waiting too.
         blocks_total, blocks_free, blocks_cached: Of the KV cache; free ones may be cached too.
         swap_blocks_used: Blocks of the host.
-        num_preemptions, prompt_tokens, generation_tokens, steps: Counted from the beginning.
+        num_preemptions, generation_tokens, steps: Counted from the beginning.
+        prompt_tokens: Of prompts that were computed, each once, whatever became of their answers.
         prefix_cache_queries, prefix_cache_hits: Tokens of prompts that were looked for, and found.
-        requests_finished: By reason.
+        requests_finished: Answers that have ended, by reason; a request for n of them counts n times.
         step_tokens: Computed by all steps together.
         step_sizes: Steps by how many tokens they computed: in place `i` those with more than 2 ** (i - 1) and at most
             2 ** i.

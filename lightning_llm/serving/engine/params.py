@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -56,7 +56,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of these token ids."""
     seed: int | None = None
-    """Makes the draw repeatable, whatever else runs; None: a new draw each time."""
+    """Makes the draw repeatable, whatever else runs; None or -1: a new draw each time."""
     max_tokens: int | None = 16
     """Most tokens of an answer; None: as many as the context has room for."""
     min_tokens: int = 0
@@ -78,15 +78,23 @@ class SamplingParams:
     """What the answer must look like."""
 
     def __post_init__(self) -> None:
-        self._set("stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
-        self._set("stop_token_ids", tuple(self.stop_token_ids or ()))
+        self._set("stop", (self.stop,) if isinstance(self.stop, str) else _tuple("stop", self.stop))
+        self._set("stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids))
+        if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
+            raise RequestError(
+                f"logit_bias must map token ids to numbers, not {self.logit_bias!r}.", param="logit_bias"
+            )
         self._set("logit_bias", dict(self.logit_bias or {}))
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise RequestError(f"grammar must be a Grammar, not {self.grammar!r}.", param="grammar")
+        if self.seed == -1:
+            self._set("seed", None)
         _check_int("n", self.n, 1, MAX_N)
         _check_number("temperature", self.temperature, 0.0, 100.0)
         _check_number("top_p", self.top_p, 0.0, 1.0, above=True)
         _check_int("top_k", self.top_k, -1)
         _check_number("min_p", self.min_p, 0.0, 1.0)
-        _check_number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above=True)
+        _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         _check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         if self.seed is not None:
@@ -144,6 +152,14 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether nothing is drawn."""
         return self.temperature == 0
+
+
+def _tuple(name: str, values: Any) -> tuple[Any, ...]:
+    if values is None:
+        return ()
+    if not isinstance(values, Collection) or isinstance(values, bytes | Mapping | str):
+        raise RequestError(f"{name} must be a list, not {values!r}.", param=name)
+    return tuple(values)
 
 
 def _check_int(name: str, value: Any, least: int, most: int | None = None) -> None:

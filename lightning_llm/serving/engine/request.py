@@ -53,6 +53,7 @@ class Request:
         num_left: Blocks at the beginning that a sliding window has left behind.
         num_cached: Tokens of the prompt that were found in the cache.
         num_preemptions: How often it had to make room.
+        prompt_computed: Whether the whole prompt ever was.
     """
 
     request_id: str
@@ -76,6 +77,7 @@ class Request:
     num_left: int = 0
     num_cached: int = 0
     num_preemptions: int = 0
+    prompt_computed: bool = False
     # How its tokens are chosen and become text; a request for a vector has neither.
     sampling: SamplingState = None  # type: ignore[assignment]
     text: TextStream = None  # type: ignore[assignment]
@@ -128,5 +130,6 @@ class Request:
             num_registered=self.num_registered,
             num_left=self.num_left,
             num_cached=self.num_cached,
+            prompt_computed=self.prompt_computed,
             first_scheduled=self.first_scheduled,
         )

@@ -47,15 +47,7 @@ class Runner:
         self.decoder = decoder
         self.cache = cache
         self.device = weight.device
-        self.kernel, self._kernel = select_kernel(
-            cache.device,
-            cache.dtype,
-            cache.kv_dtype,
-            block_size=cache.block_size,
-            head_dim=decoder.config.head_dim,
-            group=decoder.config.num_attention_heads // decoder.config.num_key_value_heads,
-            kernel=kernel,
-        )
+        self.kernel, self._kernel = select_kernel(cache.device, cache.dtype, cache.kv_dtype, kernel=kernel)
         self._head = head
         self._rope = Rope.of(decoder.config)
         self._max_length = self.max_length(decoder.config)

@@ -6,19 +6,15 @@ with each token that it takes.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from lightning_llm.serving.engine.params import SamplingParams
 
 if TYPE_CHECKING:
     from lightning_llm.serving.engine.grammar import GrammarMatcher
-
-_SEED_BITS = 64
 
 
 class SamplingState:
@@ -47,7 +43,9 @@ class SamplingState:
         self.grammar = grammar
         self.num_outputs = 0
         self._seed_offset = seed_offset
-        self._generator: torch.Generator | None = None
+        self._generator: np.random.Generator | None = None
+        self._drawn: list[float] = []  # for the token that is next
+        self._num_used = 0  # of these
         ends = {*eos_token_ids, *params.stop_token_ids}
         self._end_ids = np.array(sorted(token for token in ends if token < vocab_size), dtype=np.int64)
         self.bias_ids = np.fromiter(params.logit_bias.keys(), dtype=np.int64, count=len(params.logit_bias))
@@ -60,6 +58,8 @@ class SamplingState:
     def append(self, token_id: int) -> None:
         """Takes note of a token that the answer now has."""
         self.num_outputs += 1
+        self._drawn.clear()
+        self._num_used = 0
         if self.counts is not None:
             self.counts.add(token_id)
         if self.grammar is not None:
@@ -81,11 +81,23 @@ class SamplingState:
         return self._end_ids
 
     def uniform(self) -> float:
-        """The sequence's next random number, in [0, 1) with 53 bits: the same ones whatever else the engine runs."""
+        """The sequence's next random number, in [0, 1) with 53 bits: the same ones whatever else the engine runs.
+
+        numpy's Philox4x64, keyed by a hash of the seed's 64 bits and the answer's index; without a seed, of 128 bits of
+        the system's entropy.
+        """
         if self._generator is None:
-            seed = secrets.randbits(_SEED_BITS) if self.params.seed is None else self.params.seed + self._seed_offset
-            self._generator = torch.Generator().manual_seed(seed % 2**_SEED_BITS)
-        return torch.rand((), generator=self._generator, dtype=torch.float64).item()
+            seed, index = self.params.seed, self._seed_offset
+            source = np.random.SeedSequence(None if seed is None else seed % 2**64, spawn_key=(index,))
+            self._generator = np.random.Generator(np.random.Philox(source))
+        if self._num_used == len(self._drawn):
+            self._drawn.append(self._generator.random())
+        self._num_used += 1
+        return self._drawn[self._num_used - 1]
+
+    def rewind(self) -> None:
+        """Lets `uniform` give out again what it gave for a token that nobody took."""
+        self._num_used = 0
 
 
 class TokenCounts:

@@ -10,11 +10,12 @@ import bisect
 import sys
 from dataclasses import dataclass, field
 
-from lightning_llm.serving.engine.blocks import NULL_BLOCK, BlockPool, chain_hash, chain_root
+from lightning_llm.serving.engine.blocks import BlockPool, chain_hash, chain_root
 from lightning_llm.serving.engine.config import EngineConfig
 from lightning_llm.serving.engine.costs import PreemptionCosts
 from lightning_llm.serving.engine.request import Request, Status
 from lightning_llm.serving.engine.waiting import WaitingQueue
+from lightning_llm.serving.kernels.batch import NULL_BLOCK
 
 _WATERMARK = 0.01  # share of the blocks that a newcomer must leave free, so that it does not push others out at once
 

@@ -27,16 +27,14 @@ class TextStream:
         prompt_ids: The prompt: whether the answer begins a text, or goes on after one, decides about leading spaces.
 
     Attributes:
-        text: What was returned so far.
         stop_reason: The stop text that ended the answer; None if none did. Tokens pushed after it do nothing.
-        text_offsets: For each token pushed, where its text begins in the answer (before any cut at a stop), in
-            characters. Its length is the number of tokens that count: the one that completes the stop is the last.
+        num_tokens: How many tokens count: the one that completes the stop is the last.
     """
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams, prompt_ids: Sequence[int]) -> None:
         self.vocabulary = vocabulary_of(tokenizer)
         self.stop_reason: str | None = None
-        self.text_offsets: list[int] = []
+        self.num_tokens = 0
         self._params = params
         self._skipped = self.vocabulary.special_ids if params.skip_special_tokens else frozenset()
         self._is_first = all(token in self._skipped for token in prompt_ids)
@@ -45,8 +43,6 @@ class TextStream:
         self._stops = stop_texts(params.stop) if params.stop else None
         self._state = 0  # of `_stops`: how far the text's end is into a stop text
         self._held = ""  # decoded, but it may be the beginning of a stop text
-        self._length = 0  # characters decoded
-        self._sent: list[str] = []
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Takes tokens and returns the new text that is certain to stay; often "" while something may yet change."""
@@ -54,13 +50,13 @@ class TextStream:
         for token in token_ids:
             if self.stop_reason is not None:
                 break
-            self.text_offsets.append(self._length)
+            self.num_tokens += 1
             if token in self._skipped:
                 continue
             data = self.vocabulary.bytes_of(token, first=self._is_first)
             self._is_first = False
             ready.append(self._take(self._decoder.decode(data)))
-        return self._send("".join(ready))
+        return "".join(ready)
 
     def finish(self) -> str:
         """Returns what was held back. The answer is over."""
@@ -69,12 +65,7 @@ class TextStream:
         ready = self._take(self._decoder.decode(b"", final=True))
         if self.stop_reason is None:
             ready, self._held = ready + self._held, ""
-        return self._send(ready)
-
-    @property
-    def text(self) -> str:
-        """All that was returned so far."""
-        return "".join(self._sent)
+        return ready
 
     def _end_of(self, prompt_ids: Sequence[int]) -> bytes:
         end = b""
@@ -84,17 +75,11 @@ class TextStream:
             end = self.vocabulary.bytes_of(token) + end
         return end
 
-    def _send(self, text: str) -> str:
-        if text:
-            self._sent.append(text)
-        return text
-
     def _take(self, text: str) -> str:
         """Adds decoded text and returns what no stop text can claim any more."""
-        self._length += len(text)
         if self._stops is None or not text:
             return text
-        if len(self.text_offsets) <= self._params.min_tokens:
+        if self.num_tokens <= self._params.min_tokens:
             return text  # too early to stop, also for a stop text that would end later
         for place, character in enumerate(text):
             self._state = self._stops.step(self._state, character)

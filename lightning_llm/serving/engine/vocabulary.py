@@ -8,7 +8,6 @@ from functools import lru_cache
 from tokenizers import Tokenizer
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_REPLACEMENT = "\ufffd"
 # Any piece will do to show a decoder what a token looks like behind another: decoders look at pieces, not at ids.
 _ANCHOR = "a"
 
@@ -52,14 +51,6 @@ class Vocabulary:
         if known is None:
             known = self._inner[token_id] = self._spell(token_id, first=False)
         return known
-
-    def token_bytes(self, token_id: int) -> list[int]:
-        """The token's bytes as numbers, as `logprobs` of OpenAI's chat completions have them."""
-        return list(self.bytes_of(token_id))
-
-    def token_text(self, token_id: int) -> str:
-        """The token as text; bytes that are no text by themselves become U+FFFD."""
-        return self.bytes_of(token_id).decode("utf-8", errors="replace")
 
     def _spell(self, token_id: int, *, first: bool) -> bytes:
         piece = self.tokenizer.id_to_token(token_id) if 0 <= token_id < self.size else None

@@ -25,7 +25,6 @@ class WaitingQueue:
         self._numbers = itertools.count(1)
         self._heap: list[tuple[Place, Request]] = []
         self._members: set[Request] = set()
-        self.num_tokens = 0
 
     def place(self, request: Request) -> Place:
         """What requests are ordered by, waiting or running."""
@@ -37,7 +36,6 @@ class WaitingQueue:
         """Lets a request wait."""
         heapq.heappush(self._heap, (self.place(request), request))
         self._members.add(request)
-        self.num_tokens += request.num_tokens
 
     def head(self) -> Request | None:
         """Who is next."""
@@ -48,7 +46,6 @@ class WaitingQueue:
     def remove(self, request: Request) -> None:
         """Takes a request out, wherever it stands."""
         self._members.discard(request)
-        self.num_tokens -= request.num_tokens
         if len(self._heap) > 2 * len(self._members) + 16:
             self._heap = [entry for entry in self._heap if entry[1] in self._members]
             heapq.heapify(self._heap)

@@ -17,7 +17,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 NULL_BLOCK = 0
-"""The block that belongs to nobody: it fills block tables where a sequence has no block (any more)."""
+"""The block that is nobody's and never read: it fills block tables where a sequence has no block (any more)."""
 
 
 class Piece(NamedTuple):

@@ -19,21 +19,16 @@ from lightning_llm.serving.kernels.paged import PagedKernel
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """What a kernel must be able to do: where it runs, and with which types and sizes.
+    """What a kernel must be able to do: where it runs, and with which types.
 
     Attributes:
         dtype: Of queries, and of keys and values before they are quantised.
         kv_dtype: "auto", "int8" or "fp8", as the cache keeps them.
-        block_size: Tokens per block.
-        group: Query heads per key-value head.
     """
 
     device: torch.device
     dtype: torch.dtype
     kv_dtype: str
-    block_size: int
-    head_dim: int
-    group: int
 
 
 @dataclass(frozen=True)
@@ -107,9 +102,6 @@ def select_kernel(
     dtype: torch.dtype,
     kv_dtype: str = "auto",
     *,
-    block_size: int,
-    head_dim: int,
-    group: int,
     kernel: str = "auto",
 ) -> tuple[str, PagedKernel]:
     """The best kernel for a need (see `Need`), or the one that `kernel` names; its name and itself.
@@ -117,14 +109,7 @@ def select_kernel(
     Raises:
         ConfigurationError: There is no kernel of that name, or it cannot do this; it says why.
     """
-    need = Need(
-        device=torch.device(device),
-        dtype=dtype,
-        kv_dtype=kv_dtype,
-        block_size=block_size,
-        head_dim=head_dim,
-        group=group,
-    )
+    need = Need(device=torch.device(device), dtype=dtype, kv_dtype=kv_dtype)
     names = [row.name for row in KERNELS]
     if kernel != "auto" and kernel not in names:
         raise ConfigurationError(f"There is no attention kernel {kernel!r}: use auto, {', '.join(names)}.")

@@ -19,6 +19,7 @@ from litserve.loops import LitLoop
 from litserve.utils import LitAPIStatus, LoopResponseType
 
 from lightning_llm.serving.engine.engine import Engine
+from lightning_llm.serving.engine.grammar import GrammarMatcher
 from lightning_llm.serving.errors import RequestError
 from lightning_llm.serving.server.processes import end_on_sigterm
 from lightning_llm.serving.server.transport import EngineTransport
@@ -74,6 +75,7 @@ class _Worker:
         self.inbox, self.address = transport.open_inbox(worker_id)
         self._outbox: dict[int, list[Any]] = {}  # by HTTP process
         self._preparing: set[str] = set()
+        self._prepared: dict[str, GrammarMatcher] = {}  # what the threads leave here before they send a message
         self._threads = ThreadPoolExecutor(_PREPARING, thread_name_prefix="prepare")
 
     def greet(self, facts: dict[str, Any]) -> None:
@@ -103,6 +105,7 @@ class _Worker:
         """Lets the last messages leave."""
         self.transport.board.workers[self.worker_id].ready = False
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self.engine.close()
         self.inbox.close(linger=0)
         self.transport.disconnect()
 
@@ -124,9 +127,11 @@ class _Worker:
             case ["abort", uid]:
                 self._preparing.discard(uid)
                 self.engine.abort(uid)
-            case ["prepared", uid, request] if uid in self._preparing:
-                self._preparing.discard(uid)
-                self._add(uid, request, prepared=True)
+            case ["prepared", uid, request]:
+                grammar = self._prepared.pop(uid)
+                if uid in self._preparing:
+                    self._preparing.discard(uid)
+                    self._add(uid, request, grammar)
             case ["unprepared", uid, error] if uid in self._preparing:
                 self._preparing.discard(uid)
                 self._answer(uid, error)
@@ -135,10 +140,10 @@ class _Worker:
             case ["blocks", uid]:
                 self._answer(uid, ["reply", uid, self.engine.scheduler.pool.states()])
 
-    def _add(self, uid: str, request: dict[str, Any], *, prepared: bool = False) -> None:
+    def _add(self, uid: str, request: dict[str, Any], grammar: GrammarMatcher | None = None) -> None:
         try:
             params = params_from_wire(request["params"])
-            if params.grammar is not None and not prepared:
+            if params.grammar is not None and grammar is None:
                 # It may take seconds, in which the others would stand still.
                 self._preparing.add(uid)
                 self._threads.submit(self._prepare, uid, request)
@@ -151,6 +156,7 @@ class _Worker:
                 cache_salt=request["cache_salt"],
                 pooling=request["pooling"],
                 arrival=request["arrival"],
+                grammar=grammar,
             )
         except Exception as error:
             self._answer(uid, _refusal(uid, error))
@@ -159,7 +165,9 @@ class _Worker:
         """In a thread; sends to the worker's own inbox, which wakes it."""
         message = ["prepared", uid, request]
         try:
-            self.engine.prepare(params_from_wire(request["params"]))
+            grammar = self.engine.prepare(params_from_wire(request["params"]))
+            assert grammar is not None  # else there was nothing to prepare
+            self._prepared[uid] = grammar
         except Exception as error:
             message = ["unprepared", uid, _refusal(uid, error)]
         socket: zmq.Socket[bytes]

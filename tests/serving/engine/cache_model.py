@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import itertools
 
-from lightning_llm.serving.engine.blocks import NULL_BLOCK
 from lightning_llm.serving.engine.request import Request, Status
 from lightning_llm.serving.engine.scheduler import Schedule, Scheduler
+from lightning_llm.serving.kernels.batch import NULL_BLOCK
 
 Entry = tuple[str, tuple[int, ...]]
 

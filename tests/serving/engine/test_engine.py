@@ -331,3 +331,103 @@ def test_answers_that_were_to_branch_off_fail_with_the_first(llama):
     answers = Answers().finish(engine)
     assert {answers["long", index].finish_reason for index in range(3)} == {"error"}
     assert answers["good", 0].token_ids == plain_greedy(dynamic, [1, 2, 3], 4)
+
+
+def test_a_prompt_that_fills_the_context_can_be_pooled(llama):
+    answer = run(make_engine(llama), {"a": [1] * 128}, SamplingParams(), pooling="mean")["a", 0]
+    assert (answer.finish_reason, len(answer.embedding)) == ("stop", 32)
+
+
+@pytest.fixture
+def poisoned():
+    """A model to which token 5 is not a number, and whose head takes no such thing."""
+    decoder = make_decoder("llama")
+    with torch.no_grad():
+        decoder.model.embed_tokens.weight[5] = torch.nan
+
+    def refuse(module, inputs):
+        if not inputs[0].isfinite().all():
+            raise FloatingPointError("not a number")
+
+    decoder.lm_head.register_forward_pre_hook(refuse)
+    return decoder
+
+
+@pytest.mark.parametrize("fields", [{}, {"prompt_logprobs": 2}, {"n": 3}], ids=str)
+def test_who_breaks_the_head_fails_alone(llama, poisoned, fields):
+    engine = make_engine(poisoned)
+    good = {"a": [1, 2, 3], "b": [4, 9, 8, 7]}
+    params = SamplingParams(seed=3, max_tokens=3, logit_bias={5: -100.0}, ignore_eos=True)
+    bad = greedy(3, **fields)
+    answers = run(engine, {"a": good["a"], "bad": [1, 5, 6], "b": good["b"]}, {"a": params, "b": params, "bad": bad})
+    for index in range(bad.n):
+        assert answers["bad", index].finish_reason == "error" and "could not compute" in answers["bad", index].error
+    alone = run(make_engine(llama), good, params)
+    for name in good:  # sampling once more did not use up any of their random numbers
+        assert answers[name, 0].token_ids == alone[name, 0].token_ids
+    assert engine.stats().requests_finished == {"error": bad.n, "length": 2}
+
+
+def test_one_failure_after_another_is_the_engines(poisoned):
+    engine = make_engine(poisoned)
+
+    def fail():
+        answer = run(engine, {"bad": [5]}, greedy(1))["bad", 0]
+        assert answer.finish_reason == "error"
+
+    fail()
+    fail()
+    run(engine, {"good": [1, 2, 3]}, greedy(1, logit_bias={5: -100.0}))
+    with pytest.raises(RuntimeError, match="in 5 steps one after another"):
+        for _ in range(5):
+            fail()
+
+
+def test_what_is_not_a_number_is_not_pooled(poisoned):
+    answer = run(make_engine(poisoned), {"a": [1, 5]}, SamplingParams(), pooling="mean")["a", 0]
+    assert (answer.finish_reason, answer.embedding) == ("error", None) and "not finite" in answer.error
+
+
+def test_a_stop_token_can_be_kept(llama):
+    [prompt] = prompts(1)
+    tokens = plain_greedy(llama, prompt, 6)
+    params = greedy(6, stop_token_ids=(tokens[3],), include_stop_str_in_output=True)
+    answer = run(make_engine(llama), {"a": prompt}, params)["a", 0]
+    assert answer.stop_reason == tokens[3]
+    assert answer.text == tokenizer().decode(tokens[: tokens.index(tokens[3]) + 1])
+
+
+def test_every_prompt_that_was_computed_counts_once(llama):
+    engine = make_engine(llama, max_num_batched_tokens=8, kv_cache_blocks=16)
+    run(engine, {"pooled": [1] * 20}, SamplingParams(), pooling="last")
+    assert engine.stats().prompt_tokens == 20
+    engine.add("aborted", [2] * 10, greedy(20, n=2))
+    engine.step()
+    engine.step()
+    engine.abort("aborted")
+    engine.add("unborn", [3] * 10, greedy(20, n=2))
+    engine.abort("unborn")
+    assert engine.stats().prompt_tokens == 30
+    assert engine.stats().requests_finished == {"stop": 1, "abort": 4}
+    run(engine, {str(number): [number + 4] * 15 for number in range(4)}, greedy(20))
+    assert engine.stats().num_preemptions > 0 and engine.stats().prompt_tokens == 90
+
+
+def test_answers_branch_off_without_compiling_their_grammar_again(llama):
+    params = SamplingParams(seed=1, max_tokens=20, n=4, grammar=Grammar("regex", "[a-c]{3}"))
+    engine = make_engine(llama)
+    grammar = engine.prepare(params)
+    engine.close()
+    engine._grammars = None  # nothing to compile with any more
+    engine.add("a", [1, 2, 3], params, grammar=grammar)
+    answers = Answers().finish(engine)
+    assert all(re.fullmatch("[a-c]{3}", answers["a", index].text) for index in range(4))
+
+
+def test_only_steps_that_nothing_else_was_part_of_are_measured(llama):
+    engine = make_engine(llama, max_num_batched_tokens=64, kv_cache_blocks=200)
+    before = engine.costs.flop_rate
+    run(engine, {"a": [1] * 60}, greedy(1))
+    assert engine.costs.flop_rate == before  # too small
+    run(engine, {"a": [1] * 127}, greedy(1))
+    assert engine.costs.flop_rate != before

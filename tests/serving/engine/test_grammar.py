@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from functools import lru_cache
+from pathlib import Path
 
 import jsonschema_rs
 import pytest
@@ -13,6 +14,7 @@ import torch
 from tokenizers import Tokenizer
 
 from lightning_llm.data.tokenizer import train_tokenizer
+from lightning_llm.errors import ConfigurationError
 from lightning_llm.serving.engine.grammar import MAX_REGEX_BYTES, GrammarCompiler, GrammarMatcher
 from lightning_llm.serving.engine.params import Grammar, SamplingParams
 from lightning_llm.serving.engine.sampler import Sampler
@@ -56,18 +58,17 @@ def generate(matcher: GrammarMatcher, seed: int, most: int = 400) -> str:
     """What a model that knows nothing says within the grammar."""
     params = SamplingParams(seed=seed, max_tokens=most)
     state = SamplingState(params, [], vocab_size=VOCAB, eos_token_ids=[EOS], grammar=matcher)
-    stream = TextStream(tokenizer(), params, [])
+    stream, text = TextStream(tokenizer(), params, []), ""
     logits = torch.randn(most, VOCAB, generator=torch.Generator().manual_seed(seed))
     logits[:, EOS] += 4.0  # and would rather be done
     for row in logits:
         answer = Sampler().sample(row[None], [state])[0]
         assert answer.error is None
         state.append(answer.token_id)
-        stream.push([answer.token_id])
+        text += stream.push([answer.token_id])
         if answer.token_id == EOS or matcher.is_finished:
-            stream.finish()
-            return stream.text
-    raise AssertionError(f"no end within {most} tokens: {stream.text!r}")
+            return text + stream.finish()
+    raise AssertionError(f"no end within {most} tokens: {text!r}")
 
 
 def test_answers_validate_against_their_schema(compiler: GrammarCompiler) -> None:
@@ -160,11 +161,35 @@ def test_bad_grammars_are_refused(compiler: GrammarCompiler, grammar: Grammar) -
 
 
 def test_the_cache_holds_no_more_than_it_may() -> None:
-    compiler = GrammarCompiler(tokenizer(), VOCAB, [EOS], cache_bytes=40_000)
-    for number in range(4):
-        # The text alone counts 30,000.
-        compiler.compile(Grammar("lark", f'start: "{number}"\n// ' + "x" * 15_000))
-        assert compiler.cached_bytes <= 40_000
+    grammars = [Grammar("lark", f'start: "{number}"\n// ' + "x" * 15_000) for number in range(4)]
+    compiler = GrammarCompiler(tokenizer(), VOCAB, [EOS])
+    compiler.compile(grammars[0])
+    one = compiler.cached_bytes
+    compiler.close()
+    assert one > 15_000  # however large the process is that starts the trial
+    compiler = GrammarCompiler(tokenizer(), VOCAB, [EOS], cache_bytes=int(2.5 * one))
+    for grammar in grammars:
+        compiler.compile(grammar)
+        assert 0 < compiler.cached_bytes <= 2.5 * one
+    compiler.close()
+
+
+def test_a_trial_that_the_machine_killed_is_made_again() -> None:
+    compiler = GrammarCompiler(tokenizer(), VOCAB, [EOS])
+    compiler.compile(Grammar("regex", "a"))
+    ready = compiler._ready
+    assert ready is not None
+    ready.kill()  # it may be noticed before the next grammar comes, or while that is being sent
+    assert compiler.compile(Grammar("regex", "b")).forbidden() is not None
+    compiler.close()
+
+
+def test_a_missing_package_is_no_fault_of_the_grammar(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "llguidance.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # before what is installed
+    compiler = GrammarCompiler(tokenizer(), VOCAB, [EOS])
+    with pytest.raises(ConfigurationError, match="llguidance"):
+        compiler.compile(Grammar("regex", "a"))
     compiler.close()
 
 

@@ -229,8 +229,10 @@ def test_seeds_repeat_and_answers_of_one_request_differ() -> None:
     assert tokens(make_state(seed=5)) != tokens(make_state(seed=5, offset=1))
     assert tokens(make_state(seed=5, offset=1)) == tokens(make_state(seed=5, offset=1))
     assert tokens(make_state()) != tokens(make_state())
-    tokens(make_state(seed=2**63 - 1, offset=3))  # past the largest seed
-    tokens(make_state(seed=-(2**63)))
+    states = [
+        make_state(seed=seed, offset=offset) for seed in (1, 1 + 2**32, 1 - 2**32, -(2**63)) for offset in range(3)
+    ]
+    assert len({state.uniform() for state in states}) == len(states)  # all 64 bits count, and none the other's index
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
@@ -290,3 +292,14 @@ def test_equally_likely_tokens_are_all_kept_or_all_cut() -> None:
     logits = torch.tensor([2.0, 1.0, 1.0, 1.0, 0.0])
     assert (draw_many(logits, 800, top_k=2) > 0).tolist() == [True, True, True, True, False]
     assert (draw_many(logits, 800, top_p=0.6) > 0).tolist() == [True, True, True, True, False]
+
+
+def test_a_draw_can_be_made_again_until_its_token_is_taken() -> None:
+    state = make_state(seed=5)
+    first = [state.uniform(), state.uniform()]
+    state.rewind()
+    assert [state.uniform(), state.uniform()] == first
+    third = state.uniform()
+    state.rewind()
+    state.append(3)
+    assert state.uniform() not in (*first, third)

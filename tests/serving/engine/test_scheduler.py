@@ -282,10 +282,6 @@ class Serving(RuleBasedStateMachine):
     def everyone(self):
         return [*self.model.scheduler.running, *self.model.scheduler.waiting] if hasattr(self, "model") else []
 
-    @rule()
-    def forget(self):
-        self.model.scheduler.pool.clear_cache()
-
     @invariant()
     def books_are_right(self):
         if hasattr(self, "model"):
