@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -60,12 +60,18 @@ class StagingBuffer:
         self._memory: Tensor | None = None
         self._pinned = False
 
-    def stage(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    def stage(
+        self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], left_out: Collection[str] = ()
+    ) -> dict[str, Tensor]:
         """Copies tensors of any device here, as the file that they will be; returns when they may be changed again.
 
         Args:
             tensors: By their names in the file.
             metadata: For the file's header.
+            left_out: Names of tensors that somebody else copies.
+
+        Returns:
+            Where these belong, by name.
         """
         entries = layout(tensors)
         header = make_header(entries, metadata)
@@ -73,13 +79,18 @@ class StagingBuffer:
         on_device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
         memory = self._reserve(self.size, pin=on_device is not None)
         memory[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        places: dict[str, Tensor] = {}
         for entry in entries:
             start, tensor = len(header) + entry.start, tensors[entry.name].detach()
             if entry.size:
                 place = memory[start : start + entry.size].view(tensor.dtype).view(tensor.shape)
-                place.copy_(tensor, non_blocking=True)
+                if entry.name in left_out:
+                    places[entry.name] = place
+                else:
+                    place.copy_(tensor, non_blocking=True)
         if on_device is not None:
             torch.cuda.synchronize(on_device)
+        return places
 
     def _reserve(self, size: int, pin: bool) -> Tensor:
         if self._memory is not None and len(self._memory) >= size:
