@@ -27,7 +27,6 @@ from lightning_llm.checkpoint.committing import FinalError
 from lightning_llm.checkpoint.planning import local_part
 
 SAMPLES = 16  # elements of a tensor that are looked at
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # what bits are compared as, so that NaN equals itself
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +45,10 @@ def stepped_tensors(tensors: Mapping[str, Tensor], optimizers: Iterable[Optimize
         for state in optimizer.state.values():
             held += [value for value in state.values() if isinstance(value, Tensor)]
         for owner in held:
-            local = local_part(owner.detach())
+            local = local_part(owner)
             owners[_place(getattr(local, "_tensor", local))] = owner  # torchao wraps weights to be gathered in float8
     owners.pop(None, None)
-    places = {name: _place(local_part(tensor.detach())) for name, tensor in tensors.items()}
+    places = {name: _place(local_part(tensor)) for name, tensor in tensors.items()}
     return {name: owners[place] for name, place in places.items() if place in owners}
 
 
@@ -83,7 +82,7 @@ class OverlappedCopy:
         self._error: FinalError | None = None
         self._made = threading.Event()
         self._places = list(places.values())
-        self._tensors = [tensors[name].detach() for name in places]
+        self._tensors = [tensors[name] for name in places]
         self._looks: _Looks | None = _Looks(dict(zip(places, self._tensors, strict=True)), owners)
         self._device = next((tensor.device for tensor in self._tensors if tensor.is_cuda), None)
         self._ready = torch.cuda.current_stream(self._device).record_event() if self._device is not None else None
@@ -175,22 +174,27 @@ class _Looks:
 
     def __init__(self, tensors: Mapping[str, Tensor], owners: Mapping[str, Tensor]) -> None:
         self._counts = {name: (owners[name], _changes(owners[name])) for name in tensors}
-        self._samples: dict[tuple[torch.device, int], dict[str, Tensor]] = defaultdict(dict)
+        self._samples: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = defaultdict(dict)
         for name, tensor in tensors.items():
-            words = tensor.view(-1).view(_WORDS.get(tensor.itemsize, torch.int64))
-            self._samples[tensor.device, tensor.itemsize][name] = words[:: -(-len(words) // SAMPLES)]
-        self._before = {kind: torch.cat(list(samples.values())) for kind, samples in self._samples.items()}
+            count = min(SAMPLES, tensor.numel())
+            sample = tensor.as_strided((count,), (tensor.numel() // count,))
+            self._samples[tensor.device, tensor.dtype][name] = sample
+        self._before = {kind: _bits(samples) for kind, samples in self._samples.items()}
 
     def changed(self) -> list[str]:
         """Names of the tensors that do not look as they did."""
         found = [name for name, (owner, changes) in self._counts.items() if _changes(owner) != changes]
         for kind, samples in self._samples.items():
-            after = torch.cat(list(samples.values()))
+            after = _bits(samples)
             if not torch.equal(after, self._before[kind]):
-                sizes = [len(sample) for sample in samples.values()]
+                sizes = [len(sample) * sample.itemsize for sample in samples.values()]
                 pairs = zip(samples, after.split(sizes), self._before[kind].split(sizes), strict=True)
                 found += [name for name, new, old in pairs if name not in found and not torch.equal(new, old)]
         return found
+
+
+def _bits(samples: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat(list(samples.values())).view(torch.uint8)  # as bits NaN equals itself
 
 
 def _changes(owner: Tensor) -> tuple[int, int]:

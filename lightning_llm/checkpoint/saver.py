@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -187,17 +188,23 @@ class CheckpointSaver:
         """
         self.wait()
         started = time.monotonic()
-        job = self._snapshot(state, str(path), tuple(optimizers))
-        blocked = time.monotonic() - started
-        self._number += 1
-        for talk in self._talks:  # all ranks have ended theirs, since all have come here
-            talk.forget()
-        self._talks.clear()
-        if self._buffer is not None:
-            self._thread = threading.Thread(target=self._run, args=(job, blocked), name="checkpoint-saver", daemon=True)
-            self._thread.start()
-            return None
-        self._run(job, blocked)
+        if self._buffer is None:
+            return self._save_now(state, str(path), started)
+        # Started before all ranks agree on the plan: after it, cores may be busy with copies of ranks that were faster.
+        jobs: SimpleQueue[tuple[SaveJob, float] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run_next, args=(jobs,), name="checkpoint-saver", daemon=True)
+        self._thread.start()
+        try:
+            job = self._snapshot(state, str(path), tuple(optimizers))
+        except BaseException:
+            jobs.put(None)
+            raise
+        jobs.put((job, time.monotonic() - started))
+        return None
+
+    def _save_now(self, state: RunState, path: str, started: float) -> Outcome:
+        job = self._snapshot(state, path, ())
+        self._run(job, time.monotonic() - started)
         outcome = self._outcome
         assert outcome is not None
         if outcome.error is not None:
@@ -234,8 +241,13 @@ class CheckpointSaver:
 
     # -- the snapshot --
 
+    @torch.no_grad()  # without which each look at a DTensor's part is a step of autograd
     def _snapshot(self, state: RunState, path: str, optimizers: tuple[Optimizer, ...]) -> SaveJob:
         plan = self._plan_for(state)
+        self._number += 1
+        for talk in self._talks:  # all ranks have ended theirs, since all have come here
+            talk.forget()
+        self._talks.clear()
         tensors = {block.key: local_part(state.tensors[block.tensor]) for block in plan.blocks}
         metadata = {"rank": json.dumps(encode(state.rank, tensors, "rank"))}
         in_values: dict[str, Tensor] = {}
@@ -315,6 +327,11 @@ class CheckpointSaver:
         return self._assets
 
     # -- the rest, on any thread --
+
+    def _run_next(self, jobs: SimpleQueue[tuple[SaveJob, float] | None]) -> None:
+        order = jobs.get()
+        if order is not None:
+            self._run(*order)
 
     def _run(self, job: SaveJob, blocked: float) -> None:
         began = time.monotonic()
