@@ -150,6 +150,17 @@ class Sides:
         outcome = self.background.finished()
         assert outcome is not None and outcome.error is None, outcome
 
+    def save_ours_overlapped(self) -> None:
+        """With nothing to overlap: how long the copy takes that a step has to hide."""
+        path = self.path("ours-overlapped")
+        dist.barrier()
+        began = time.perf_counter()
+        self.background.save(self.run_state(), path, [self.training.optimizer])
+        self.background.wait_for_snapshot()
+        self.note("ours, overlapped: until copied", time.perf_counter() - began)
+        self.background.wait()
+        self.background.finished()
+
     # -- with a step of the training right behind the save --
 
     def step_alone(self) -> None:
@@ -209,6 +220,7 @@ def measure(megabytes: float, tokens: int, rounds: int, verify: str, folder: str
         sides.save_ours()
         sides.save_theirs_async()
         sides.save_ours_async()
+        sides.save_ours_overlapped()
         # A step changes the state: the loads bring it back, so that all rounds are alike.
         sides.step_behind_ours("overlapped", [training.optimizer])
         Checkpoint.open(Path(folder) / "ours-overlapped").read_into(state)

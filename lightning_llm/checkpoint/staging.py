@@ -76,8 +76,8 @@ class StagingBuffer:
         entries = layout(tensors)
         header = make_header(entries, metadata)
         self.size = len(header) + sum(entry.size for entry in entries)
-        on_device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
-        memory = self._reserve(self.size, pin=on_device is not None)
+        on_device = {name: tensor.device for name, tensor in tensors.items() if tensor.is_cuda}
+        memory = self._reserve(self.size, pin=bool(on_device))
         memory[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
         places: dict[str, Tensor] = {}
         for entry in entries:
@@ -88,8 +88,8 @@ class StagingBuffer:
                     places[entry.name] = place
                 else:
                     place.copy_(tensor, non_blocking=True)
-        if on_device is not None:
-            torch.cuda.synchronize(on_device)
+        for device in {device for name, device in on_device.items() if name not in left_out}:
+            torch.cuda.synchronize(device)
         return places
 
     def _reserve(self, size: int, pin: bool) -> Tensor:
