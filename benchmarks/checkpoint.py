@@ -39,6 +39,7 @@ from lightning_llm.checkpoint.reading import Checkpoint
 from lightning_llm.checkpoint.saver import CheckpointSaver, RunState
 
 RANKS = 4
+CPU = ": CPU of all ranks"
 
 
 class Training:
@@ -107,10 +108,10 @@ class Sides:
         self.note(name, time.perf_counter() - began)
         return result
 
-    def note(self, name: str, seconds: float) -> None:
-        slowest = torch.tensor(seconds, dtype=torch.float64)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        self.seconds.setdefault(name, []).append(float(slowest))
+    def note(self, name: str, seconds: float, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.MAX) -> None:
+        of_all = torch.tensor(seconds, dtype=torch.float64)
+        dist.all_reduce(of_all, operation)
+        self.seconds.setdefault(name, []).append(float(of_all))
 
     def path(self, name: str) -> Path:
         """An empty place, the same on all ranks."""
@@ -164,32 +165,49 @@ class Sides:
     # -- with a step of the training right behind the save --
 
     def step_alone(self) -> None:
-        self.timed("step, nothing saved", self.training.step)
+        dist.barrier()
+        self.step("step, nothing saved")
+
+    def step(self, name: str) -> None:
+        """One step of the training; what threads do beside it is in the CPU time."""
+        began, used = time.perf_counter(), time.process_time()
+        self.training.step()
+        seconds, cpu = time.perf_counter() - began, time.process_time() - used
+        self.note(name, seconds)
+        self.note(name + CPU, cpu, dist.ReduceOp.SUM)
 
     def step_behind_theirs(self) -> None:
-        path = self.path("theirs-async")
+        path = self.path("theirs-async-step")
         dist.barrier()
         future = dcp.async_save(self.state, checkpoint_id=path, process_group=self.group)
-        began = time.perf_counter()
-        self.training.step()
-        self.note("step, behind theirs", time.perf_counter() - began)
+        self.step("step, behind theirs")
         future.result()  # type: ignore[union-attr]
 
-    def step_behind_ours(self, name: str, optimizers: list[torch.optim.Optimizer]) -> None:
-        path = self.path("ours-" + name)
+    def step_behind_ours_copied(self) -> None:
+        path = self.path("ours-copied")
+        dist.barrier()
+        self.background.save(self.run_state(), path)
+        self.step("step, behind ours copied")
+        self.background.wait()
+        self.background.finished()
+
+    def step_behind_ours_overlapped(self) -> None:
+        path = self.path("ours-overlapped")
+        kept = {name: tensor.clone() for name, tensor in list(self.state.items())[::5]}
         dist.barrier()
         began = time.perf_counter()
-        self.background.save(self.run_state(), path, optimizers)
+        self.background.save(self.run_state(), path, [self.training.optimizer])
         blocked = time.perf_counter() - began
-        self.training.step()
-        ended = time.perf_counter()
+        self.step("step, behind ours overlapped")  # with what it waits
         self.background.wait()
         outcome = self.background.finished()
         assert outcome is not None and outcome.error is None, outcome
-        self.note(f"ours, {name}: blocked in save", blocked)
-        self.note(f"ours, {name}: waited at the step", outcome.waited)
-        self.note(f"ours, {name}: blocked", blocked + outcome.waited)
-        self.note(f"step, behind ours, {name}", ended - began - blocked - outcome.waited)
+        self.note("ours, overlapped: blocked in save", blocked)
+        self.note("ours, overlapped: blocked at the step", outcome.waited)
+        self.note("ours, overlapped: blocked", blocked + outcome.waited)
+        found = {name: torch.empty_like(tensor) for name, tensor in kept.items()}
+        Checkpoint.open(path).read_into(found)
+        assert all(torch.equal(local(found[name]), local(tensor)) for name, tensor in kept.items())
 
     def run_state(self) -> RunState:
         return RunState(step=1, tensors=self.state)
@@ -221,13 +239,15 @@ def measure(megabytes: float, tokens: int, rounds: int, verify: str, folder: str
         sides.save_theirs_async()
         sides.save_ours_async()
         sides.save_ours_overlapped()
-        # A step changes the state: the loads bring it back, so that all rounds are alike.
-        sides.step_behind_ours("overlapped", [training.optimizer])
-        Checkpoint.open(Path(folder) / "ours-overlapped").read_into(state)
-        assert all(torch.equal(local(state[name]), value) for name, value in kept.items()), "it is of the save's time"
-        sides.step_alone()
-        sides.step_behind_ours("copied", [])
-        sides.step_behind_theirs()
+        steps = [
+            sides.step_alone,
+            sides.step_behind_ours_overlapped,
+            sides.step_behind_ours_copied,
+            sides.step_behind_theirs,
+        ]
+        for number in range(len(steps)):  # each comes first as often as the others
+            steps[(turn + number) % len(steps)]()
+        # The steps have changed the state: the loads bring it back, so that all rounds are alike.
         for load in (sides.load_theirs, sides.load_ours):
             load()
             assert all(torch.equal(local(state[name]), value) for name, value in kept.items())
@@ -247,9 +267,12 @@ RATIOS = (
     ("blocked, ours / theirs sync save", "ours, async: blocked", "theirs, save", None),
     ("blocked, ours overlapped / theirs async", "ours, overlapped: blocked", "theirs, async: blocked", 1.0),
     ("blocked, ours overlapped / theirs sync", "ours, overlapped: blocked", "theirs, save", 0.05),
-    ("step behind ours overlapped / alone", "step, behind ours, overlapped", "step, nothing saved", None),
-    ("step behind ours copied / alone", "step, behind ours, copied", "step, nothing saved", None),
+    ("step behind ours overlapped / alone", "step, behind ours overlapped", "step, nothing saved", None),
+    ("step behind ours copied / alone", "step, behind ours copied", "step, nothing saved", None),
     ("step behind theirs / alone", "step, behind theirs", "step, nothing saved", None),
+    ("the same, overlapped, in CPU time", f"step, behind ours overlapped{CPU}", f"step, nothing saved{CPU}", None),
+    ("the same, copied, in CPU time", f"step, behind ours copied{CPU}", f"step, nothing saved{CPU}", None),
+    ("the same, theirs, in CPU time", f"step, behind theirs{CPU}", f"step, nothing saved{CPU}", None),
     ("background write, ours / theirs", "ours, async: until committed", "theirs, async: until written", 1.10),
     ("foreground save, ours / theirs", "ours, save", "theirs, save", 1.10),
     ("verify and load / their plain load", "ours, verify and load", "theirs, load", 1.3),
@@ -276,16 +299,16 @@ def main() -> int:
         found = run_on_ranks(measure, RANKS, *sizes, arguments.verify, folder)[0]
     seconds = found["seconds"]
     print(f"{found['bytes'] / 1e6:.0f} MB on {RANKS} ranks, {arguments.rounds} rounds, verify={arguments.verify!r}\n")
-    print(f"{'seconds':<40}{'min':>9}{'median':>9}{'max':>9}")
+    print(f"{'seconds':<46}{'min':>9}{'median':>9}{'max':>9}")
     for name, values in seconds.items():
-        print(f"{name:<40}" + "".join(f"{value:>9.3f}" for value in summary(values).values()))
-    print(f"\n{'ratio':<40}{'min':>9}{'median':>9}{'max':>9}{'accepted':>10}")
+        print(f"{name:<46}" + "".join(f"{value:>9.3f}" for value in summary(values).values()))
+    print(f"\n{'ratio':<46}{'min':>9}{'median':>9}{'max':>9}{'accepted':>10}")
     ratios, good = {}, True
     for name, ours, theirs, accepted in RATIOS:
         ratios[name] = summary([a / b for a, b in zip(seconds[ours], seconds[theirs], strict=True)])
         good &= accepted is None or ratios[name]["median"] <= accepted
         limit = f"{accepted:>10.2f}" if accepted is not None else ""
-        print(f"{name:<40}" + "".join(f"{value:>9.3f}" for value in ratios[name].values()) + limit)
+        print(f"{name:<46}" + "".join(f"{value:>9.3f}" for value in ratios[name].values()) + limit)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     result = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
