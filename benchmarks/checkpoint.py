@@ -296,7 +296,7 @@ def main() -> int:
     load = os.getloadavg()
     with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=arguments.folder) as folder:
         sizes = (arguments.megabytes, arguments.tokens, arguments.rounds)
-        found = run_on_ranks(measure, RANKS, *sizes, arguments.verify, folder)[0]
+        found = run_on_ranks(measure, RANKS, *sizes, arguments.verify, folder, timeout=3600.0)[0]
     seconds = found["seconds"]
     print(f"{found['bytes'] / 1e6:.0f} MB on {RANKS} ranks, {arguments.rounds} rounds, verify={arguments.verify!r}\n")
     print(f"{'seconds':<46}{'min':>9}{'median':>9}{'max':>9}")
