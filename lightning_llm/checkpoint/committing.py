@@ -168,7 +168,7 @@ def _message(act: Callable[[], Any]) -> dict[str, Any]:
     try:
         return {"result": act()}
     except (CheckpointError, ConfigurationError, OSError) as error:
-        return {"error": str(error), "final": isinstance(error, ConfigurationError)}
+        return {"error": str(error), "final": isinstance(error, (ConfigurationError, FinalError))}
     except Exception as error:
         log.exception("A checkpoint could not be saved")
         return {"error": f"{type(error).__name__}: {error}", "final": True}

@@ -3,8 +3,8 @@
     main thread      plan (kept) -> snapshot of this rank's file
     then, anywhere   draft -> every rank writes its file and reports -> rank 0 checks that all is there, and commits
 
-The second half is a thread's and a process's work in the background. An error anywhere discards the draft on all ranks,
-and as many more attempts are made as allowed, from the same snapshot.
+The second half is a thread's and a process's work in the background; what overlap.py tells of comes before it. An error
+anywhere discards the draft on all ranks, and as many more attempts are made as allowed, from the same snapshot.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ import logging
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_llm._torch import own_store
 from lightning_llm.checkpoint.committing import (
@@ -32,10 +34,13 @@ from lightning_llm.checkpoint.committing import (
     SaveJob,
     commit_together,
 )
+from lightning_llm.checkpoint.digest import FileRecord
 from lightning_llm.checkpoint.encoding import encode
+from lightning_llm.checkpoint.overlap import OverlappedCopy, stepped_tensors
 from lightning_llm.checkpoint.planning import SavePlan, form_of, local_part, make_plan
 from lightning_llm.checkpoint.rendezvous import Rendezvous
 from lightning_llm.checkpoint.staging import StagingBuffer, stream
+from lightning_llm.checkpoint.store import CheckpointStore
 from lightning_llm.checkpoint.worker import Verify, Worker, write_and_check
 from lightning_llm.errors import CheckpointError, ConfigurationError
 
@@ -77,8 +82,9 @@ class Outcome:
         error: Why there is none; None if it is committed.
         attempts: That were made.
         size: Bytes of all files.
-        blocked: Seconds that training stood still.
+        blocked: Seconds that training stood still in `save`.
         written: Seconds from then to the commit, verification included.
+        waited: Seconds that an optimizer's step waited for the rest of the snapshot.
     """
 
     path: str
@@ -88,6 +94,7 @@ class Outcome:
     size: int
     blocked: float
     written: float
+    waited: float = 0.0
 
 
 def check_numbers(retries: int, backoff: float, timeout: float) -> None:
@@ -148,6 +155,7 @@ class CheckpointSaver:
         self._worker = Worker(self._buffer.descriptor, timeout) if self._buffer is not None else None
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
+        self._copy: OverlappedCopy | None = None
 
     # -- what training calls --
 
@@ -161,12 +169,15 @@ class CheckpointSaver:
         """Process that writes in the background, once there is one."""
         return self._worker.pid if self._worker is not None else None
 
-    def save(self, state: RunState, path: str | Path) -> Outcome | None:
+    def save(self, state: RunState, path: str | Path, optimizers: Iterable[Optimizer] = ()) -> Outcome | None:
         """Saves a checkpoint. Collective.
 
         Args:
             state: Of this rank; in the background it may change as soon as this returns.
             path: The checkpoint's folder or URL.
+            optimizers: Whose parameters and states may not: in the background they are copied after this has returned,
+                and the next step of one of these optimizers waits for that. So must whoever else changes them, by
+                `wait_for_snapshot`; otherwise the save fails.
 
         Returns:
             What became of it; None in the background, see `wait` and `finished`.
@@ -177,34 +188,48 @@ class CheckpointSaver:
         """
         self.wait()
         started = time.monotonic()
-        job = self._snapshot(state, str(path))
-        blocked = time.monotonic() - started
-        self._number += 1
-        for talk in self._talks:  # all ranks have ended theirs, since all have come here
-            talk.forget()
-        self._talks.clear()
-        if self._buffer is not None:
-            self._thread = threading.Thread(target=self._run, args=(job, blocked), name="checkpoint-saver", daemon=True)
-            self._thread.start()
-            return None
-        self._run(job, blocked)
+        if self._buffer is None:
+            return self._save_now(state, str(path), started)
+        # Started before all ranks agree on the plan: after it, cores may be busy with copies of ranks that were faster.
+        jobs: SimpleQueue[tuple[SaveJob, float] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run_next, args=(jobs,), name="checkpoint-saver", daemon=True)
+        self._thread.start()
+        try:
+            job = self._snapshot(state, str(path), tuple(optimizers))
+        except BaseException:
+            jobs.put(None)
+            raise
+        jobs.put((job, time.monotonic() - started))
+        return None
+
+    def _save_now(self, state: RunState, path: str, started: float) -> Outcome:
+        job = self._snapshot(state, path, ())
+        self._run(job, time.monotonic() - started)
         outcome = self._outcome
         assert outcome is not None
         if outcome.error is not None:
             raise CheckpointError(f"The checkpoint {outcome.path} could not be saved: {outcome.error}")
         return outcome
 
+    def wait_for_snapshot(self) -> None:
+        """Returns when all of the last save's state may be changed."""
+        if self._copy is not None:
+            self._copy.wait()
+
     def wait(self, limit: float | None = None) -> None:
         """Returns when nothing is being written, or after `limit` seconds."""
         if self._thread is not None:
             self._thread.join(limit)
+        if self._copy is not None and not self.busy:
+            self._copy.release()
 
     def finished(self) -> Outcome | None:
         """What became of the last save, once; None while it is being written, or if it was told already."""
         if self.busy:
             return None
         outcome, self._outcome = self._outcome, None
-        return outcome
+        waited = self._copy.waited if self._copy is not None else 0.0
+        return replace(outcome, waited=waited) if outcome is not None else None
 
     def close(self) -> None:
         """Waits, then ends the background process and gives its memory back."""
@@ -216,8 +241,13 @@ class CheckpointSaver:
 
     # -- the snapshot --
 
-    def _snapshot(self, state: RunState, path: str) -> SaveJob:
+    @torch.no_grad()  # without which each look at a DTensor's part is a step of autograd
+    def _snapshot(self, state: RunState, path: str, optimizers: tuple[Optimizer, ...]) -> SaveJob:
         plan = self._plan_for(state)
+        self._number += 1
+        for talk in self._talks:  # all ranks have ended theirs, since all have come here
+            talk.forget()
+        self._talks.clear()
         tensors = {block.key: local_part(state.tensors[block.tensor]) for block in plan.blocks}
         metadata = {"rank": json.dumps(encode(state.rank, tensors, "rank"))}
         in_values: dict[str, Tensor] = {}
@@ -236,7 +266,7 @@ class CheckpointSaver:
             path=path,
             step=state.step,
             plan=plan,
-            write=self._file_writer(tensors, metadata),
+            write=self._file_writer(tensors, metadata, self._owners(state, plan, optimizers), optimizers),
             values=values,
             trainer=trainer,
             small_files=files,
@@ -256,15 +286,33 @@ class CheckpointSaver:
                 self._index = json.dumps(self._plan.index, separators=(",", ":")).encode()
         return self._plan
 
-    def _file_writer(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> FileWriter:
+    def _owners(self, state: RunState, plan: SavePlan, optimizers: tuple[Optimizer, ...]) -> dict[str, Tensor]:
+        """What of this rank's file is copied later, by key: the optimizers' own objects."""
+        owners = stepped_tensors(state.tensors, optimizers) if self._buffer is not None else {}
+        return {block.key: owners[block.tensor] for block in plan.blocks if block.tensor in owners}
+
+    def _file_writer(
+        self,
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, str],
+        owners: Mapping[str, Tensor],
+        optimizers: tuple[Optimizer, ...],
+    ) -> FileWriter:
         verify = self._verify
         if self._buffer is None or self._worker is None:
             return lambda store, location, file, algorithm: write_and_check(
                 store, location, file, stream(tensors, metadata), algorithm, verify
             )
-        self._buffer.stage(tensors, metadata)
+        places = self._buffer.stage(tensors, metadata, left_out=owners)
+        copy = self._copy = OverlappedCopy(places, tensors, owners, optimizers) if places else None
         worker, size = self._worker, self._buffer.size
-        return lambda store, location, file, algorithm: worker.write(store, location, file, size, algorithm, verify)
+
+        def write(store: CheckpointStore, location: str, file: str, algorithm: str) -> FileRecord:
+            if copy is not None:
+                copy.check()
+            return worker.write(store, location, file, size, algorithm, verify)
+
+        return write
 
     def _read_assets(self, state: RunState) -> dict[str, bytes]:
         """What makes the weights usable; it does not change while a run goes on."""
@@ -280,8 +328,15 @@ class CheckpointSaver:
 
     # -- the rest, on any thread --
 
+    def _run_next(self, jobs: SimpleQueue[tuple[SaveJob, float] | None]) -> None:
+        order = jobs.get()
+        if order is not None:
+            self._run(*order)
+
     def _run(self, job: SaveJob, blocked: float) -> None:
         began = time.monotonic()
+        if self._copy is not None:
+            self._copy.run()
         error: str | None = "no attempt was made"
         size = attempt = 0
         for attempt in range(self._retries + 1):

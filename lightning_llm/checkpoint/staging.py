@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -60,26 +60,37 @@ class StagingBuffer:
         self._memory: Tensor | None = None
         self._pinned = False
 
-    def stage(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    def stage(
+        self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], left_out: Collection[str] = ()
+    ) -> dict[str, Tensor]:
         """Copies tensors of any device here, as the file that they will be; returns when they may be changed again.
 
         Args:
             tensors: By their names in the file.
             metadata: For the file's header.
+            left_out: Names of tensors that somebody else copies.
+
+        Returns:
+            Where these belong, by name.
         """
         entries = layout(tensors)
         header = make_header(entries, metadata)
         self.size = len(header) + sum(entry.size for entry in entries)
-        on_device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
-        memory = self._reserve(self.size, pin=on_device is not None)
+        on_device = {name: tensor.device for name, tensor in tensors.items() if tensor.is_cuda}
+        memory = self._reserve(self.size, pin=bool(on_device))
         memory[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        places: dict[str, Tensor] = {}
         for entry in entries:
             start, tensor = len(header) + entry.start, tensors[entry.name].detach()
             if entry.size:
                 place = memory[start : start + entry.size].view(tensor.dtype).view(tensor.shape)
-                place.copy_(tensor, non_blocking=True)
-        if on_device is not None:
-            torch.cuda.synchronize(on_device)
+                if entry.name in left_out:
+                    places[entry.name] = place
+                else:
+                    place.copy_(tensor, non_blocking=True)
+        for device in {device for name, device in on_device.items() if name not in left_out}:
+            torch.cuda.synchronize(device)
+        return places
 
     def _reserve(self, size: int, pin: bool) -> Tensor:
         if self._memory is not None and len(self._memory) >= size:
