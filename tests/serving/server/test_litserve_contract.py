@@ -131,6 +131,17 @@ def test_a_server_has_what_the_spec_takes_of_it(tmp_path) -> None:
     assert LitSpec().__getstate__().keys() >= {"_server", "_endpoints", "response_buffer"}
 
 
+def test_workers_know_how_many_share_their_device(tmp_path) -> None:
+    api = LLMServeAPI(tmp_path, attach=attach)
+    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=3)
+    server.devices = [["cuda:0"], ["cuda:1"]]
+    server.transport_config.num_consumers, server.litapi_request_queues = 1, {api.api_path: None}
+    api.spec.setup(server)
+    api.spec.transport.remove()
+    assert len(api.spec.transport.board.workers) == 6
+    assert api.spec.__getstate__()["workers_per_device"] == 3, "a worker gets it"
+
+
 def test_uvicorn_sets_its_signal_handlers_before_the_app_starts() -> None:
     """processes.py takes SIGTERM from uvicorn when the app starts, and gives it back when the server ends."""
     found = []
