@@ -80,6 +80,28 @@ def test_smollm2_answers_twenty_prompts_as_in_transformers():
     smollm2_agrees(QUESTIONS + MORE, 64)
 
 
+@pytest.mark.slow
+def test_smollm2_in_bfloat16_has_the_logits_of_transformers_within_rounding():
+    """Log-probabilities of a prompt's tokens: as far from float32's as those of transformers in bfloat16 are."""
+    from transformers import AutoModelForCausalLM
+
+    folder = smollm2_folder("float32")
+    llm = LLM(folder, dtype="bfloat16", kv_cache_blocks=64, max_num_batched_tokens=24, max_num_seqs=8)
+    for question in QUESTIONS:
+        text = llm.tokenizer.apply_chat_template([{"role": "user", "content": question}])
+        ids = llm.tokenizer.encode(text, add_special_tokens=False)
+        [output] = llm.generate([ids], SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0))
+        ours = torch.tensor([one.logprob for one in output.prompt_logprobs[1:]])
+        theirs = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+            logits = model(torch.tensor([ids])).logits[0, :-1].float()
+            theirs[dtype] = logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        rounding = (theirs[torch.bfloat16] - theirs[torch.float32]).abs()
+        error = (ours - theirs[torch.float32]).abs()
+        assert error.mean() < 2 * rounding.mean() and error.max() < 3 * rounding.max()
+
+
 def test_ten_lines(tmp_path):
     llm = LLM(folder_of(make_decoder("llama", torch.float32), tmp_path / "model"), kv_cache_blocks=64)
     one = llm.generate("the fox", SamplingParams(temperature=0, max_tokens=4))
