@@ -15,6 +15,8 @@ from lightning_llm.data.corpus import TokenizedCorpus
 from lightning_llm.errors import ConfigurationError
 from tests.data.corpora import prose, write_documents
 
+pytestmark = pytest.mark.alone
+
 # No main guard, on purpose: users' scripts often have none.
 SCRIPT = """
 import sys
@@ -39,7 +41,7 @@ def started_by(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 def make_input(folder: Path) -> None:
     (folder / "in").mkdir()
-    for number in range(12):  # 2 MB: work for a while after the first piece is done
+    for number in range(20):  # 3 MB: work for a while after the first piece is done
         (folder / "in" / f"{number}.txt").write_text(prose(number, 50_000))
 
 

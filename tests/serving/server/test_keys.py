@@ -55,7 +55,7 @@ def test_without_the_key_nothing_is_told(asked: TestClient, path: str, headers: 
     answer = asked.get(path, headers=headers)
     assert answer.status_code == 401
     assert answer.json()["error"]["code"] == "invalid_api_key"
-    assert answer.json()["error"]["type"] == "authentication_error"
+    assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
 @pytest.mark.parametrize("headers", [{"Authorization": f"Bearer {KEY}".encode()}, {"X-API-Key": KEY.encode()}])
