@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from docstring_parser import parse, parse_from_object
@@ -29,6 +30,32 @@ def parse_arguments(command: Callable[..., Any], arguments: Sequence[str], name:
             fields = {field.name for field in dataclasses.fields(annotation)} & values.keys()
             values[parameter] = annotation(**{field: values.pop(field) for field in fields})
     return values
+
+
+USAGE_ERROR = 2
+
+
+def run_group(group: str, commands: Mapping[str, Callable[..., int | None]], arguments: Sequence[str]) -> int:
+    """Runs the command of a group that the first word names; lists them where that is none.
+
+    Args:
+        group: Its name behind `lightning-llm`.
+        commands: By their names in it.
+        arguments: The words behind the group's name.
+
+    Returns:
+        The exit code: what the command returns, 0 for None; 2 for an unknown one.
+    """
+    usage = [f"usage: lightning-llm {group} COMMAND [arguments]    (... COMMAND --help tells more)", ""]
+    usage += [f"  {name:<10} {(command.__doc__ or '').splitlines()[0]}" for name, command in commands.items()]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print("\n".join(usage))
+        return 0
+    name = arguments[0]
+    if name not in commands:
+        print("\n".join([f"lightning-llm {group}: there is no command {name!r}", "", *usage]), file=sys.stderr)
+        return USAGE_ERROR
+    return commands[name](**parse_arguments(commands[name], arguments[1:], f"{group} {name}")) or 0
 
 
 def parser_of(command: Callable[..., Any], name: str | None = None) -> argparse.ArgumentParser:

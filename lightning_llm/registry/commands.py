@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lightning_llm.arguments import parse_arguments
+from lightning_llm.arguments import run_group
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.registry.base import LATEST, ModelVersion
 from lightning_llm.registry.content import VerificationError
@@ -19,7 +19,6 @@ from lightning_llm.registry.opening import open_registry
 from lightning_llm.registry.opening import register as register_folder
 
 FAILED = 1
-USAGE_ERROR = 2
 
 
 def list_versions(*, name: str | None = None, registry: str | None = None, json: bool = False) -> None:
@@ -110,20 +109,11 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 def main(arguments: list[str]) -> int:
     """Runs one of the commands; returns the exit code: 0 done, 1 stored files are damaged, 2 wrong arguments."""
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_usage())
-        return 0
-    command = COMMANDS.get(arguments[0])
-    if command is None:
-        print(f"lightning-llm registry: there is no command {arguments[0]!r}\n\n{_usage()}", file=sys.stderr)
-        return USAGE_ERROR
-    options = parse_arguments(command, arguments[1:], f"registry {arguments[0]}")
     try:
-        command(**options)
+        return run_group("registry", COMMANDS, arguments)
     except VerificationError as error:
         print(f"lightning-llm registry: {error}", file=sys.stderr)
         return FAILED
-    return 0
 
 
 def describe(version: ModelVersion) -> str:
@@ -156,13 +146,6 @@ def table_of(versions: list[ModelVersion]) -> Table:
         )
         table.add_row(*map(Text, cells))
     return table
-
-
-def _usage() -> str:
-    lines = ["usage: lightning-llm registry COMMAND [arguments]    (... COMMAND --help tells more)", ""]
-    return "\n".join(
-        lines + [f"  {name:<10} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
-    )
 
 
 def _metric(text: str) -> tuple[str, float]:

@@ -6,7 +6,6 @@ import asyncio
 import json as json_module
 import math
 import os
-import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from lightning_llm.arguments import parse_arguments
+from lightning_llm.arguments import run_group
 from lightning_llm.data.tokenizer import load_tokenizer
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.serving.bench.client import BenchClient, Endpoint
@@ -25,7 +24,6 @@ from lightning_llm.serving.bench.metrics import parse_goodput, summarize
 from lightning_llm.serving.bench.report import render
 
 FAILED = 1
-USAGE_ERROR = 2
 
 WARMUP = Prompt("Hello", 4)
 
@@ -139,14 +137,7 @@ COMMANDS: dict[str, Callable[..., int]] = {"serve": serve}
 
 def main(arguments: list[str]) -> int:
     """Runs one of the commands; returns the exit code: 0 done, 1 requests failed, 2 wrong arguments or no server."""
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_usage())
-        return 0
-    command = COMMANDS.get(arguments[0])
-    if command is None:
-        print(f"lightning-llm bench: there is no command {arguments[0]!r}\n\n{_usage()}", file=sys.stderr)
-        return USAGE_ERROR
-    return command(**parse_arguments(command, arguments[1:], f"bench {arguments[0]}"))
+    return run_group("bench", COMMANDS, arguments)
 
 
 async def _run(
@@ -189,10 +180,3 @@ def _write(path: str, results: dict[str, Any]) -> None:
         Path(path).write_text(json_module.dumps(results, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise ConfigurationError(f"--json {path}: {error}") from error
-
-
-def _usage() -> str:
-    lines = ["usage: lightning-llm bench COMMAND [arguments]    (... COMMAND --help tells more)", ""]
-    return "\n".join(
-        lines + [f"  {name:<10} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
-    )

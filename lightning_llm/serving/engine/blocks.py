@@ -14,13 +14,9 @@ from collections.abc import Iterable, Sequence
 from lightning_llm.serving.kernels.batch import NULL_BLOCK
 
 
-def chain_root(*parts: str) -> bytes:
-    """Where a hash chain begins: what must be equal besides the tokens, such as the tenant and the kind of cache."""
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        data = part.encode()
-        digest.update(len(data).to_bytes(8, "little") + data)
-    return digest.digest()
+def chain_root(salt: str) -> bytes:
+    """Where a tenant's hash chains begin: nobody else's prompts are found."""
+    return hashlib.blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def chain_hash(before: bytes, tokens: Sequence[int]) -> bytes:

@@ -50,7 +50,6 @@ class Engine:
         tokenizer: Its words.
         config: Sizes and policies.
         eos_token_ids: Tokens that end an answer; None: what the model's config says.
-        content: What keys and values depend on besides the tokens, such as the model's digest.
         sharing: Engines that share the device and the host, this one included, each of which takes its part.
 
     Raises:
@@ -64,7 +63,6 @@ class Engine:
         config: EngineConfig | None = None,
         *,
         eos_token_ids: Collection[int] | None = None,
-        content: str = "",
         sharing: int = 1,
     ) -> None:
         config = config or EngineConfig()
@@ -91,7 +89,6 @@ class Engine:
             self.max_model_len,
             sliding_window=window_of(model),
             costs=self.costs,
-            content=f"{content}/{weight.dtype}/{config.kv_cache_dtype}",
         )
         self.runner = Runner(decoder, self.cache, kernel=config.attention)
         self._sampler = Sampler()

@@ -48,7 +48,6 @@ class Scheduler:
         max_model_len: Most tokens of a sequence.
         sliding_window: Tokens that a token sees in every layer, itself included; None if any layer sees all.
         costs: Of swapping and recomputing.
-        content: What cached blocks depend on besides tokens and tenant, such as model and element type.
     """
 
     def __init__(
@@ -59,7 +58,6 @@ class Scheduler:
         *,
         sliding_window: int | None = None,
         costs: PreemptionCosts | None = None,
-        content: str = "",
     ) -> None:
         self.config = config
         self.max_model_len = max_model_len
@@ -73,7 +71,6 @@ class Scheduler:
         self.prefix_hits = 0
         self._window = sliding_window
         self._costs = costs
-        self._content = content
         self._watermark = int(_WATERMARK * self.pool.total)
 
     # -- what the engine calls --
@@ -320,7 +317,7 @@ class Scheduler:
         """The first `count` hashes of a request's chain."""
         size = self.config.block_size
         for index in range(len(request.hashes), count):
-            before = request.hashes[-1] if request.hashes else chain_root(self._content, request.cache_salt)
+            before = request.hashes[-1] if request.hashes else chain_root(request.cache_salt)
             request.hashes.append(chain_hash(before, request.token_ids[index * size : (index + 1) * size]))
         return request.hashes[:count]
 

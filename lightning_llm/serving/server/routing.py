@@ -66,7 +66,7 @@ class PrefixRouter:
 
     def _chain(self, prompt_ids: Sequence[int], salt: str) -> list[bytes]:
         # Escaped, since a salt may hold what is no text.
-        chain = [chain_root(ascii(salt))]
+        chain = [chain_root(salt)]
         size = self.block_size
         for start in range(0, min(len(prompt_ids) // size, self.longest) * size, size):
             chain.append(chain_hash(chain[-1], prompt_ids[start : start + size]))
