@@ -114,10 +114,11 @@ class Sides:
         self.seconds.setdefault(name, []).append(float(of_all))
 
     def path(self, name: str) -> Path:
-        """An empty place, the same on all ranks."""
+        """An empty place, the same on all ranks, on a disk that has finished what came before."""
         dist.barrier()
         if dist.get_rank() == 0:
             shutil.rmtree(self.folder / name, ignore_errors=True)
+            os.sync()
         dist.barrier()
         return self.folder / name
 
@@ -234,19 +235,15 @@ def measure(megabytes: float, tokens: int, rounds: int, verify: str, folder: str
     state = sides.state
     for turn in range(rounds + 1):
         kept = {name: local(tensor).clone() for name, tensor in list(state.items())[::5]}
-        sides.save_theirs()
-        sides.save_ours()
-        sides.save_theirs_async()
-        sides.save_ours_async()
-        sides.save_ours_overlapped()
-        steps = [
+        take_turns(turn, sides.save_theirs, sides.save_ours)
+        take_turns(turn, sides.save_theirs_async, sides.save_ours_async, sides.save_ours_overlapped)
+        take_turns(
+            turn,
             sides.step_alone,
             sides.step_behind_ours_overlapped,
             sides.step_behind_ours_copied,
             sides.step_behind_theirs,
-        ]
-        for number in range(len(steps)):  # each comes first as often as the others
-            steps[(turn + number) % len(steps)]()
+        )
         # The steps have changed the state: the loads bring it back, so that all rounds are alike.
         for load in (sides.load_theirs, sides.load_ours):
             load()
@@ -255,6 +252,12 @@ def measure(megabytes: float, tokens: int, rounds: int, verify: str, folder: str
             sides.seconds.clear()  # the first round makes plans, buffers and processes
     sides.background.close()
     return {"seconds": sides.seconds, "bytes": sum(t.numel() * t.dtype.itemsize for t in state.values())}
+
+
+def take_turns(turn: int, *operations: Callable[[], None]) -> None:
+    """All of them, each coming first as often as the others."""
+    for number in range(len(operations)):
+        operations[(turn + number) % len(operations)]()
 
 
 def local(tensor: Tensor) -> Tensor:
