@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from lightning_llm.models.config import DecoderConfig
     from lightning_llm.models.decoder import Decoder
     from lightning_llm.models.module import LLMModule
+    from lightning_llm.strategies.deepspeed.strategy import LLM3DDeepSpeedStrategy
     from lightning_llm.strategies.llm3d import LLM3DStrategy
 
 _HOMES = {
     "ConfigurationError": "errors",
     "Decoder": "models.decoder",
     "DecoderConfig": "models.config",
+    "LLM3DDeepSpeedStrategy": "strategies.deepspeed.strategy",
     "LLM3DStrategy": "strategies.llm3d",
     "LLMModule": "models.module",
     "TokenDataModule": "data.module",
@@ -32,6 +34,7 @@ __all__ = [
     "ConfigurationError",
     "Decoder",
     "DecoderConfig",
+    "LLM3DDeepSpeedStrategy",
     "LLM3DStrategy",
     "LLMModule",
     "TokenDataModule",

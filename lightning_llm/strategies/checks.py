@@ -70,6 +70,19 @@ def check_plan(model: nn.Module, dims: ParallelDims, layout: Layout) -> Parallel
     return plan
 
 
+def target_of(module: LightningModule, dims: ParallelDims, layout: Layout) -> tuple[nn.Module, ParallelPlan | None]:
+    """What of a module is cut over ranks, and its plan: its model, or where there is no plan all of it."""
+    model = getattr(module, "model", None)
+    plan = check_plan(model if isinstance(model, nn.Module) else module, dims, layout)
+    target = module if plan is None else model
+    if not isinstance(target, nn.Module):
+        raise ConfigurationError(
+            f"{type(module).__name__} has a parallel_plan but no `model`. Put the network into self.model, and the "
+            "plan on it."
+        )
+    return target, plan
+
+
 def check_others(module: LightningModule, model: nn.Module, dims: ParallelDims) -> None:
     """Refuses parameters beside the model that is cut: each rank would train its own.
 

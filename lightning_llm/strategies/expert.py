@@ -29,22 +29,55 @@ class _Journey(NamedTuple):
     order: Tensor
 
 
-class ExpertParallel(ParallelStyle):
-    """Shards the experts (dim 0 of each parameter) and sends tokens around them.
+class TokenExchange:
+    """Sends tokens to the ranks that have their experts, and the results back.
 
     The module is called with `(tokens [n, hidden], counts [experts])`, tokens sorted by expert, and sees
     `(tokens of its own experts, counts [experts / ranks])`.
+
+    Args:
+        group: The ranks that the experts are spread over, in order.
     """
 
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self._ranks = dist.get_world_size(group)
+
+    def attach(self, module: Experts) -> None:
+        """Hooks both ways in around a module."""
+        module.register_forward_pre_hook(self.dispatch)
+        module.register_forward_hook(lambda module, _, output: self.combine(module, output))
+
+    def dispatch(self, module: Any, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """What this rank's experts are called with."""
+        tokens, counts = inputs
+        outgoing = counts.view(self._ranks, -1)
+        incoming = torch.empty_like(outgoing)
+        dist.all_to_all_single(incoming, outgoing, group=self._group)
+        # The splits of the exchange are needed on the host, whatever the device: this waits for it.
+        sent, received = outgoing.sum(1).tolist(), incoming.sum(1).tolist()
+        tokens = all_to_all(tokens, self._group, sent, received)
+        # They come by source rank, then by expert; experts want them together.
+        expert = torch.arange(incoming.shape[1], device=counts.device).repeat(self._ranks)
+        order = torch.repeat_interleave(expert, incoming.flatten()).argsort(stable=True)
+        module.journey = _Journey(sent, received, order)
+        return tokens.index_select(0, order), incoming.sum(0)
+
+    def combine(self, module: Any, output: Tensor) -> Tensor:
+        """What they returned, where the tokens came from."""
+        sent, received, order = module.journey
+        module.journey = None
+        return all_to_all(output.index_select(0, order.argsort()), self._group, received, sent)
+
+
+class ExpertParallel(ParallelStyle):
+    """Shards the experts (dim 0 of each parameter) as DTensors, with a `TokenExchange` around them."""
+
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        self._group = device_mesh.get_group()
-        return distribute_module(
-            module,
-            device_mesh,
-            self._shard,
-            self._dispatch,  # type: ignore[arg-type]  # the stub leaves out that hooks may return something
-            self._combine,  # type: ignore[arg-type]
-        )
+        assert isinstance(module, Experts)
+        distribute_module(module, device_mesh, self._shard)
+        TokenExchange(device_mesh.get_group()).attach(module)
+        return module
 
     @staticmethod
     def _shard(_: str, module: nn.Module, mesh: DeviceMesh) -> None:
@@ -53,26 +86,6 @@ class ExpertParallel(ParallelStyle):
                 name,
                 nn.Parameter(distribute_tensor(parameter, mesh, [Shard(0)]), requires_grad=parameter.requires_grad),
             )
-
-    def _dispatch(self, module: Any, inputs: tuple[Tensor, Tensor], mesh: DeviceMesh) -> tuple[Tensor, Tensor]:
-        tokens, counts = inputs
-        ranks = mesh.size()
-        outgoing = counts.view(ranks, -1)
-        incoming = torch.empty_like(outgoing)
-        dist.all_to_all_single(incoming, outgoing, group=self._group)
-        # The splits of the exchange are needed on the host, whatever the device: this waits for it.
-        sent, received = outgoing.sum(1).tolist(), incoming.sum(1).tolist()
-        tokens = all_to_all(tokens, self._group, sent, received)
-        # They come by source rank, then by expert; experts want them together.
-        expert = torch.arange(incoming.shape[1], device=counts.device).repeat(ranks)
-        order = torch.repeat_interleave(expert, incoming.flatten()).argsort(stable=True)
-        module.journey = _Journey(sent, received, order)
-        return tokens.index_select(0, order), incoming.sum(0)
-
-    def _combine(self, module: Any, output: Tensor, mesh: DeviceMesh) -> Tensor:
-        sent, received, order = module.journey
-        module.journey = None
-        return all_to_all(output.index_select(0, order.argsort()), self._group, received, sent)
 
 
 def apply_expert_parallel(model: nn.Module, meshes: Meshes, *, sequence_parallel: bool) -> None:
@@ -84,14 +97,20 @@ def apply_expert_parallel(model: nn.Module, meshes: Meshes, *, sequence_parallel
         sequence_parallel: Tensor ranks hold different tokens between the blocks; otherwise they hold the same.
     """
     assert meshes.expert is not None
+    if meshes.expert["ep"].size() > 1:
+        for experts in experts_of(model):
+            parallelize_module(experts, meshes.expert["ep"], ExpertParallel())
+    connect_routers(model, meshes, sequence_parallel=sequence_parallel)
+
+
+def connect_routers(model: nn.Module, meshes: Meshes, *, sequence_parallel: bool) -> None:
+    """Tells the routers of `model` whom they share sequences with, and who has other tokens; see above."""
     split = sequence_parallel and meshes.dims.tensor_parallel_size > 1
     tensor = [meshes.tensor] if split else []
     context = [meshes.context] if meshes.grid is not None else []
     data = [meshes.dense["dp_replicate"], meshes.dense["fsdp"]]
     for module in model.modules():
-        if isinstance(module, Experts) and meshes.expert["ep"].size() > 1:
-            parallelize_module(module, meshes.expert["ep"], ExpertParallel())
-        elif isinstance(module, Router):
+        if isinstance(module, Router):
             module.sequence_sum = _sum_over([*context, *tensor])
             module.data_sum = _sum_over([*data, *tensor])
 

@@ -6,10 +6,10 @@ each axis is a file of its own.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Literal
 
 import lightning.pytorch as pl
 import torch
@@ -18,20 +18,14 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
-from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
 
-from lightning_llm.errors import ConfigurationError
-from lightning_llm.models.module import LLMModule
 from lightning_llm.models.weights import load_weights
-from lightning_llm.strategies.checks import check_others, check_plan, mark_as_cut
-from lightning_llm.strategies.context import SEQUENCE_DIM, ContextMethod
+from lightning_llm.strategies.checks import check_others, mark_as_cut, target_of
+from lightning_llm.strategies.context import ContextMethod
 from lightning_llm.strategies.expert import expert_gradient_factor
 from lightning_llm.strategies.layout import Layout, Recompute
 from lightning_llm.strategies.mesh import Size
 from lightning_llm.strategies.optimization import (
-    AccumulatedTokens,
-    PipelineOptimization,
     align_gradients,
     gradient_norm,
     one_optimizer_has_all,
@@ -41,15 +35,14 @@ from lightning_llm.strategies.parallelize import Parts, parallelize, place_the_r
 from lightning_llm.strategies.pipeline import Pipeline
 from lightning_llm.strategies.plan import ParallelPlan
 from lightning_llm.strategies.precision import LLMPrecision
-from lightning_llm.strategies.resumption import ResumableEpochLoop
 from lightning_llm.strategies.sharding import ZeroStage, local_shard, reshard_all, set_accumulation
 from lightning_llm.strategies.stages import Split
-from lightning_llm.strategies.state import ShardedState
-from lightning_llm.strategies.tensor import logits_context, retie, to_plain
+from lightning_llm.strategies.steps import ParallelSteps, check_pipelined
+from lightning_llm.strategies.tensor import logits_context, retie
 from lightning_llm.strategies.tied import AliasedSource, add_tied_gradients, ends_group
 
 
-class LLM3DStrategy(ShardedState):
+class LLM3DStrategy(ParallelSteps):
     """Trains any LightningModule in data, tensor, pipeline, context and expert parallelism, on FSDP2 and DTensor.
 
     The module's `model` is cut as its `ParallelPlan` says; a module without a plan trains under sharded data
@@ -138,14 +131,9 @@ class LLM3DStrategy(ShardedState):
             timeout=timeout,
         )
         self.parts: Parts | None = None
-        self.pipeline: Pipeline | None = None
         self._tied_group: dist.ProcessGroup | None = None
         self._parallelized: nn.Module | None = None
-        self._scheduled_loss: Tensor | None = None
         self._gradient_norm: Tensor | None = None
-        self._tokens = AccumulatedTokens()
-        self._denominator: Tensor | None = None
-        self._unfinished = False  # whether a backward came after gradients were finished last
         self._one_norm = True  # whether each optimizer step is about all parameters
         self._splits_logits = False
 
@@ -165,36 +153,20 @@ class LLM3DStrategy(ShardedState):
             self._parallelize(self.lightning_module)
             self._parallelized = self.lightning_module
         self.barrier()
+        self._begin(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
             reshard_all(self.lightning_module)
-            self._tokens = AccumulatedTokens()
             self._reset_optimizers_and_schedulers()
             self.setup_optimizers(trainer)
             self._one_norm = self.reduce_boolean_decision(one_optimizer_has_all(self.optimizers, self.lightning_module))
-            ResumableEpochLoop.install(trainer)
         self.setup_precision_plugin()
-        if self.pipeline is not None:
-            PipelineOptimization.install(trainer)
-        # Inference tensors cannot be gathered into again by FSDP nor be received into by a pipeline.
-        for loop in (
-            trainer.fit_loop.epoch_loop.val_loop,
-            trainer.validate_loop,
-            trainer.test_loop,
-            trainer.predict_loop,
-        ):
-            loop.inference_mode = False
+        self._without_inference_mode(trainer)
 
     def _parallelize(self, module: pl.LightningModule) -> None:
         """Takes the module's model apart, gives this rank's parts their place and their weights."""
         dims, meshes = self.meshes.dims, self.meshes
-        model = getattr(module, "model", None)
-        plan = self.plan = check_plan(model if isinstance(model, nn.Module) else module, dims, self.layout)
-        target = module if plan is None else model
-        if not isinstance(target, nn.Module):
-            raise ConfigurationError(
-                f"{type(module).__name__} has a parallel_plan but no `model`. Put the network into self.model, and the "
-                "plan on it."
-            )
+        target, plan = target_of(module, dims, self.layout)
+        self.plan = plan
         self.precision_plugin.convert_module(target)
         built = not any(parameter.is_meta for parameter in target.parameters())
         if built:
@@ -207,6 +179,7 @@ class LLM3DStrategy(ShardedState):
             device=self.root_device,
             mp_policy=self.precision_plugin.mp_policy,
         )
+        self.context = self.parts.context
         if dims.world_size > 1 or self.parts.roots:
             mark_as_cut(target)
         if plan is not None and dims.pipeline_parallel_size > 1:
@@ -221,22 +194,8 @@ class LLM3DStrategy(ShardedState):
 
     def _build_pipeline(self, module: pl.LightningModule, plan: ParallelPlan) -> None:
         assert self.parts is not None
-        if not module.automatic_optimization:
-            raise ConfigurationError(
-                f"{type(module).__name__} sets automatic_optimization=False. A pipeline runs the backward within its "
-                "schedule, so manual_backward() would do nothing: use automatic optimization."
-            )
-        for name in ("loss", "loss_denominator", "forward_loss"):
-            if not callable(getattr(module, name, None)):
-                raise ConfigurationError(
-                    f"A pipeline needs {type(module).__name__}.{name}(); see lightning_llm.LLMModule for what it does."
-                )
-        if isinstance(module, LLMModule) and type(module).forward_loss is not LLMModule.forward_loss:
-            raise ConfigurationError(
-                f"{type(module).__name__} overrides forward_loss(), which a pipeline replaces by its schedule. "
-                "Override loss(), which it calls for each microbatch."
-            )
-        self.pipeline = Pipeline(
+        check_pipelined(module)
+        pipeline = Pipeline(
             self.parts.stages,
             self.meshes.pipeline,
             self.root_device,
@@ -245,30 +204,11 @@ class LLM3DStrategy(ShardedState):
         )
         if plan.tied:
             self._tied_group = ends_group(self.meshes.dense, self.layout.schedule, self.timeout)
-        # The module's own training_step still runs on every rank and logs as always; what it calls is now the schedule.
-        module.forward_loss = self._pipelined_loss  # type: ignore[assignment]
-        module.forward = self.pipeline.forward  # type: ignore[method-assign]
-
-    def _count_tokens(self, module: pl.LightningModule) -> None:
-        """Has the module's own count of valid tokens weigh the batches of one optimizer step against each other."""
-        count = getattr(module, "loss_denominator", None)
-        if callable(count):
-
-            def counted(labels: Tensor) -> Tensor:
-                self._denominator = count(labels)
-                return self._denominator
-
-            module.loss_denominator = counted  # type: ignore[assignment]
+        self._run_in_pipeline(module, pipeline)
 
     def _materialize(self, module: pl.LightningModule, model: nn.Module) -> None:
-        weight_source = getattr(module, "weight_source", None)
-        if weight_source is None:
-            raise ConfigurationError(
-                f"{type(module).__name__} built its model on the meta device but has no weight_source() to fill it "
-                "from. Build it with real tensors, or add the method (see lightning_llm.LLMModule)."
-            )
+        source = self._weight_source(module)
         model.to_empty(device="cpu" if self.layout.offload_parameters else self.root_device)
-        source = weight_source()
         if self.plan is not None:
             if self.pipeline is None:  # whose first and last stage have a copy each, wherever they are
                 for owner, copy in self.plan.tied:
@@ -276,17 +216,11 @@ class LLM3DStrategy(ShardedState):
             source = AliasedSource(source, self.plan)
         load_weights(model, source, local=local_shard)
 
-    def _copy_from_rank_zero(self, model: nn.Module) -> None:
-        if self.world_size > 1:
-            for tensor in (*model.parameters(), *model.buffers()):
-                sent = tensor.data.to(self.root_device)  # one at a time: NCCL takes tensors of its devices only
-                dist.broadcast(sent, src=0)
-                tensor.data.copy_(sent)
-
     # -- the step --
 
     @contextmanager
-    def _logits_context(self) -> Generator[None, None, None]:
+    def _step_context(self) -> Generator[None, None, None]:
+        """Logits may be split over the vocabulary, in forward and backward."""
         if self.meshes.dims.tensor_parallel_size == 1 or self._splits_logits:  # within manual_backward it is on already
             yield
             return
@@ -297,94 +231,9 @@ class LLM3DStrategy(ShardedState):
         finally:
             self._splits_logits = False
 
-    def _share(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        """A step's arguments with the batch checked and cut to what this rank computes of it."""
-        batch, *rest = arguments
-        self.check_batch(batch)
-        if self.parts is not None and self.parts.context is not None:
-            batch = self.parts.context.shard_batch(batch)
-        return (batch, *rest)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's training step; in a pipeline it has run the backward too when it returns."""
-        assert self.lightning_module is not None and self.parts is not None
-        args = self._share(args)
-        self._scheduled_loss = self._denominator = None
-        if self._accumulates:
-            last = not self.lightning_module.trainer.fit_loop.epoch_loop._should_accumulate()
-            set_accumulation(self.parts.roots, self.layout.zero_stage, last=last)
-        with self._logits_context():
-            output = tree_map(to_plain, super().training_step(*args, **kwargs))
-        loss = output.get("loss") if isinstance(output, Mapping) else output
-        if self.pipeline is not None and (loss is None or loss is not self._scheduled_loss):
-            raise ConfigurationError(
-                f"{type(self.lightning_module).__name__}.training_step() must return the value of forward_loss(batch) "
-                "as it is: a pipeline has run the backward by then, so another loss would have no effect. Put what you "
-                "add to the loss into loss(), which the pipeline calls for each microbatch."
-            )
-        return output
-
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's validation step."""
-        args = self._share(args)
-        with self._logits_context():
-            return super().validation_step(*args, **kwargs)
-
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's test step."""
-        args = self._share(args)
-        with self._logits_context():
-            return super().test_step(*args, **kwargs)
-
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's predict step; outputs that are split over ranks are put together."""
-        args = self._share(args)
-        output = tree_map(to_plain, super().predict_step(*args, **kwargs))
-        context = self.parts.context if self.parts is not None else None
-        if context is None or context.positions is None:
-            return output
-        share = len(context.positions)
-
-        def whole(leaf: Any) -> Any:
-            along_sequence = isinstance(leaf, Tensor) and leaf.ndim > SEQUENCE_DIM and leaf.shape[SEQUENCE_DIM] == share
-            return context.gather_sequence(leaf) if along_sequence else leaf
-
-        return tree_map(whole, output)
-
-    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Backward and its hooks; after a pipeline's schedule the hooks alone."""
-        self._unfinished = True
-        if self.pipeline is None:
-            if self._denominator is not None and self._accumulates:
-                closure_loss = closure_loss * self._weight(self._denominator)
-            with self._logits_context():
-                return super().backward(closure_loss, optimizer, *args, **kwargs)
-        assert self.lightning_module is not None
-        self.pre_backward(closure_loss)
-        closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
-        closure_loss = self.precision_plugin.post_backward(closure_loss, self.lightning_module)
-        self.post_backward(closure_loss)
-        return closure_loss
-
-    def _pipelined_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Stands in for `LLMModule.forward_loss` when the model is cut into stages."""
-        module: Any = self.lightning_module
-        assert self.pipeline is not None
-        denominator = module.loss_denominator(batch["labels"])
-        factor: Any = 1.0
-        if module.trainer.training:
-            # Lightning divides the loss after the step; gradients made inside the step must be divided here.
-            factor = self.precision_plugin.loss_scale / module.trainer.accumulate_grad_batches
-            if self._accumulates:
-                factor = factor * self._weight(denominator)
-        loss = self.pipeline.run(
-            batch["input_ids"],
-            batch["labels"],
-            lambda output, target: module.loss(output, target) / denominator * factor,
-            **getattr(module, "model_keywords", lambda _: {})(batch),
-        )
-        self._scheduled_loss = loss / factor
-        return self._scheduled_loss
+    def _accumulate(self, *, last: bool) -> None:
+        assert self.parts is not None
+        set_accumulation(self.parts.roots, self.layout.zero_stage, last=last)
 
     # -- optimization --
 
@@ -393,11 +242,6 @@ class LLM3DStrategy(ShardedState):
         model = getattr(self.lightning_module, "model", None)
         assert isinstance(model, nn.Module)
         return model
-
-    @property
-    def _accumulates(self) -> bool:
-        assert self.lightning_module is not None
-        return self.lightning_module.trainer.accumulate_grad_batches > 1
 
     @property
     def precision_plugin(self) -> LLMPrecision:
@@ -428,14 +272,6 @@ class LLM3DStrategy(ShardedState):
         if weight is not None:
             scale_gradients(self.lightning_module.parameters(), weight)
 
-    def _weight(self, tokens: Tensor) -> Tensor:
-        """Of a batch among those of one optimizer step; its routers' losses get it too."""
-        weight = self._tokens.add(self.reduce(tokens, reduce_op="mean"))
-        scale = getattr(getattr(getattr(self.lightning_module, "model", None), "router_losses", None), "scale", None)
-        if isinstance(scale, Tensor):
-            scale.mul_(weight)
-        return weight
-
     def gradient_norm(self, parameters: list[nn.Parameter] | None = None) -> Tensor:
         """Euclidean norm of gradients over every axis, equal on all ranks; as they were before any clipping.
 
@@ -458,16 +294,3 @@ class LLM3DStrategy(ShardedState):
             named = dict(self._decoder.named_parameters())
             copies = {id(named[copy]) for _, copy in self.plan.tied if copy in named}
         return [parameter for parameter in self.lightning_module.parameters() if id(parameter) not in copies]
-
-    # -- the end --
-
-    def model_to_device(self) -> None:
-        """Done while the model is materialised."""
-
-    def teardown(self) -> None:
-        """Ends precision plugin and accelerator; parameters stay where they are, for this trainer's next run."""
-        assert self.cluster_environment is not None and self.accelerator is not None
-        self._random_state = None  # not taken up where there was nothing left to train
-        self.cluster_environment.teardown()
-        self.precision_plugin.teardown()
-        self.accelerator.teardown()

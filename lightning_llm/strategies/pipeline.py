@@ -126,19 +126,20 @@ class Pipeline:
             rows = self._rows(inputs.shape[0])
             labels = targets.split(rows)
             self._evaluate(
-                _split(inputs, keywords, rows),
+                split(inputs, keywords, rows),
                 lambda index, output: losses.append(to_plain(loss_fn(output, labels[index]))),
             )
-        return self._share_loss(torch.stack([loss.detach() for loss in losses]).sum() if self.is_last else None)
+        loss = torch.stack([loss.detach() for loss in losses]).sum() if self.is_last else None
+        return share_loss(loss, self.group, self.loss_rank, self.device)
 
     def forward(self, inputs: Tensor, **keywords: Tensor) -> Tensor:
         """Forward alone: the output `[batch, seq, vocab]`, whole, on every rank."""
         follow_modes(self.stages.values())
         outputs: list[Tensor] = []
         with torch.no_grad():
-            microbatches = _split(inputs, keywords, self._rows(inputs.shape[0]))
+            microbatches = split(inputs, keywords, self._rows(inputs.shape[0]))
             self._evaluate(microbatches, lambda _, output: outputs.append(to_plain(output)))
-        return self._share_output(torch.cat(outputs) if self.is_last else None)
+        return share_output(torch.cat(outputs) if self.is_last else None, self.group, self.loss_rank, self.device)
 
     # -- training --
 
@@ -149,8 +150,8 @@ class Pipeline:
             self._count = self.kind.choose_microbatches(
                 self.microbatches, inputs.shape[0], self.num_ranks, self.stages_per_rank
             )
-        inputs, targets, keywords = _fill_up(inputs, targets, keywords, self._count)
-        first = _split(inputs, keywords, inputs.shape[0] // self._count)[0]
+        inputs, targets, keywords = fill_up(inputs, targets, keywords, self._count)
+        first = split(inputs, keywords, inputs.shape[0] // self._count)[0]
         is_new = self._key(first) not in self._schedules
         schedule = self._schedules.lookup(self._key(first), lambda: self._schedule(first))
         self._loss_fn = loss_fn
@@ -279,24 +280,31 @@ class Pipeline:
                 if isinstance(module, FSDPModule):
                     module.reshard()
 
-    # -- from the last stage's rank to all --
 
-    def _share_loss(self, loss: Tensor | None) -> Tensor:
-        """Gives the loss to all ranks, so that logging and callbacks see one value everywhere."""
-        dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-        shared = torch.zeros((), dtype=dtype, device=self.device) if loss is None else loss.to(dtype)
-        dist.broadcast(shared, group=self.group, group_src=self.loss_rank)
-        return shared
+def share_loss(loss: Tensor | None, group: dist.ProcessGroup, loss_rank: int, device: torch.device) -> Tensor:
+    """Gives the loss of a pipeline's last stage to all its ranks: logging and callbacks see one value everywhere.
 
-    def _share_output(self, output: Tensor | None) -> Tensor:
-        """Gives the output to all ranks, which do not know its shape."""
-        described = [None if output is None else (output.shape, output.dtype)]
-        dist.broadcast_object_list(described, group=self.group, group_src=self.loss_rank, device=self.device)
-        assert described[0] is not None
-        shape, dtype = described[0]
-        shared = torch.empty(shape, dtype=dtype, device=self.device) if output is None else output.contiguous()
-        dist.broadcast(shared, group=self.group, group_src=self.loss_rank)
-        return shared
+    Args:
+        loss: On the rank that has it.
+        group: The pipeline axis.
+        loss_rank: Who has it, in the group.
+        device: Of this rank.
+    """
+    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    shared = torch.zeros((), dtype=dtype, device=device) if loss is None else loss.detach().to(dtype, copy=True)
+    dist.broadcast(shared, group=group, group_src=loss_rank)
+    return shared
+
+
+def share_output(output: Tensor | None, group: dist.ProcessGroup, loss_rank: int, device: torch.device) -> Tensor:
+    """Gives the output of a pipeline's last stage to all its ranks, which do not know its shape. See `share_loss`."""
+    described = [None if output is None else (output.shape, output.dtype)]
+    dist.broadcast_object_list(described, group=group, group_src=loss_rank, device=device)
+    assert described[0] is not None
+    shape, dtype = described[0]
+    shared = torch.empty(shape, dtype=dtype, device=device) if output is None else output.contiguous()
+    dist.broadcast(shared, group=group, group_src=loss_rank)
+    return shared
 
 
 class _Recent(dict[Hashable, V]):
@@ -315,7 +323,7 @@ class _Recent(dict[Hashable, V]):
         return value
 
 
-def _split(inputs: Tensor, keywords: Mapping[str, Tensor], rows: int) -> list[Microbatch]:
+def split(inputs: Tensor, keywords: Mapping[str, Tensor], rows: int) -> list[Microbatch]:
     """Cuts a batch into microbatches of `rows` sequences."""
     cut = {name: tensor.split(rows) for name, tensor in keywords.items()}
     return [
@@ -323,7 +331,7 @@ def _split(inputs: Tensor, keywords: Mapping[str, Tensor], rows: int) -> list[Mi
     ]
 
 
-def _fill_up(
+def fill_up(
     inputs: Tensor, targets: Tensor, keywords: dict[str, Tensor], count: int
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The batch with as many rows added as it needs to divide into `count` microbatches; they add nothing to the loss.

@@ -9,7 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_llm import DecoderConfig, LLM3DStrategy, LLMModule
+from lightning_llm import DecoderConfig, LLM3DDeepSpeedStrategy, LLM3DStrategy, LLMModule
+from lightning_llm.strategies.steps import ParallelSteps
 
 VOCAB = 96
 SEQ_LEN = 16
@@ -77,7 +78,14 @@ def make_module(config: DecoderConfig = SMALL, **arguments: Any) -> LLMModule:
     return LLMModule(config, **{"learning_rate": 5e-3, "warmup_steps": 2, **arguments})
 
 
-def make_trainer(strategy: LLM3DStrategy | str, devices: int, **arguments: Any) -> Trainer:
+def make_strategy(settings: dict[str, Any]) -> ParallelSteps:
+    """`LLM3DStrategy`, or with `engine="deepspeed"` among the settings the one on DeepSpeed."""
+    engine = settings.get("engine", "fsdp2")
+    arguments = {name: value for name, value in settings.items() if name != "engine"}
+    return {"fsdp2": LLM3DStrategy, "deepspeed": LLM3DDeepSpeedStrategy}[engine](**arguments)
+
+
+def make_trainer(strategy: ParallelSteps | str, devices: int, **arguments: Any) -> Trainer:
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
         "max_steps": 20,
@@ -90,7 +98,7 @@ def make_trainer(strategy: LLM3DStrategy | str, devices: int, **arguments: Any) 
     return Trainer(strategy=strategy, devices=devices, **{**defaults, **arguments})
 
 
-def loader(trainer: Trainer, strategy: LLM3DStrategy | None, accumulate: int = 1, **arguments: Any) -> DataLoader:
+def loader(trainer: Trainer, strategy: ParallelSteps | None, accumulate: int = 1, **arguments: Any) -> DataLoader:
     """`BATCH_SIZE` rows per optimizer step over all data ranks. Lightning adds the sampler."""
     data_ranks = 1
     if strategy is not None and strategy.dims is not None:
@@ -107,7 +115,7 @@ def train(
     **arguments: Any,
 ) -> dict[str, Any]:
     """One run in one layout; what this rank saw. `arguments` are the Trainer's."""
-    strategy = LLM3DStrategy(**sizes)
+    strategy = make_strategy(sizes)
     recorder = Recorder()
     trainer = make_trainer(strategy, world_size, callbacks=[recorder], accumulate_grad_batches=accumulate, **arguments)
     module = make_module(config, **(module_arguments or {}))

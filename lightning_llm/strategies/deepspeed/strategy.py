@@ -1,0 +1,372 @@
+"""`Trainer(strategy="llm3d_deepspeed")`: the sizes and the plan of "llm3d" on DeepSpeed's engine.
+
+This file is the lifecycle only. settings.py makes DeepSpeed's configuration, cutting.py takes the model apart,
+pipeline.py runs stages, precision.py and zero.py step, state.py is what checkpoints hold.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
+from torch.optim import Optimizer
+
+from lightning_llm.errors import ConfigurationError
+from lightning_llm.strategies.checks import check_others, mark_as_cut, target_of
+from lightning_llm.strategies.context import ContextMethod
+from lightning_llm.strategies.deepspeed.cutting import Cut, cut, materialize, reduce_replicated
+from lightning_llm.strategies.deepspeed.grid import Grid
+from lightning_llm.strategies.deepspeed.pipeline import SCHEDULE, EnginePipeline, pipeline_module
+from lightning_llm.strategies.deepspeed.precision import DeepSpeedPrecision
+from lightning_llm.strategies.deepspeed.settings import EngineSettings, OffloadDevice, check_engine, engine_config
+from lightning_llm.strategies.deepspeed.zero import Gradients
+from lightning_llm.strategies.layout import Layout, Recompute
+from lightning_llm.strategies.mesh import ParallelDims, Size
+from lightning_llm.strategies.parallelize import place_the_rest
+from lightning_llm.strategies.sharding import ZeroStage
+from lightning_llm.strategies.stages import Split
+from lightning_llm.strategies.steps import ParallelSteps, check_pipelined
+from lightning_llm.strategies.tensor import retie
+from lightning_llm.strategies.tied import AliasedSource, ends_group
+
+
+class LLM3DDeepSpeedStrategy(ParallelSteps):
+    """Trains any LightningModule in data, tensor, pipeline, context and expert parallelism on DeepSpeed's engine.
+
+    The same sizes, the same `ParallelPlan`, the same checkpoints as `LLM3DStrategy`; choose this one for ZeRO-Offload,
+    NVMe, or a DeepSpeed configuration that exists. Runs on CPUs (gloo) too.
+
+    Args:
+        data_parallel_size: Ranks with different samples; "auto" takes what the other axes leave.
+        tensor_parallel_size: Ranks that share each layer's matrices, by DeepSpeed's AutoTP.
+        pipeline_parallel_size: Ranks that the layers are cut over, by DeepSpeed's PipelineModule and its 1F1B schedule.
+        context_parallel_size: Ranks that share each sequence.
+        expert_parallel_size: Ranks that share the experts of each layer, over DeepSpeed's expert groups.
+        replicate_size: Replicas among the data ranks: with ZeRO-3, parameters are gathered within one (its hpZ).
+        zero_stage: What data ranks share out: 0 nothing; 1 optimizer states; 2 gradients too; 3 parameters too. "auto":
+            what `config` says, else 1 in a pipeline, 2 with experts spread over ranks, 3 otherwise.
+        pipeline_split: See `LLM3DStrategy`.
+        microbatches: Microbatches per batch of a data rank in a pipeline, or "auto".
+        context_parallel_method: "allgather", "ulysses" or "ring".
+        recompute: See `LLM3DStrategy`.
+        offload_optimizer: "cpu" keeps optimizer states in host memory and steps there (ZeRO-Offload); "nvme" keeps them
+            on a disk (ZeRO-Infinity).
+        offload_parameters: "cpu" or "nvme" for the parameters' shards of ZeRO-3.
+        nvme_path: Folder on that disk.
+        config: DeepSpeed's configuration, a mapping or the path of its JSON. What the arguments above and the Trainer
+            say comes before it, and is told; all else is handed on.
+        process_group_backend: "nccl", "gloo", ...; None chooses by device.
+        timeout: Of collectives.
+
+    Raises:
+        ConfigurationError: at construction, or before any process is started, where sizes, model, batch and what
+            DeepSpeed allows do not fit.
+    """
+
+    def __init__(
+        self,
+        data_parallel_size: Size = "auto",
+        tensor_parallel_size: Size = 1,
+        pipeline_parallel_size: Size = 1,
+        context_parallel_size: Size = 1,
+        expert_parallel_size: Size = 1,
+        replicate_size: int = 1,
+        zero_stage: ZeroStage | Literal["auto"] = "auto",
+        pipeline_split: Split = "balanced",
+        microbatches: int | Literal["auto"] = "auto",
+        context_parallel_method: ContextMethod = "allgather",
+        recompute: Recompute = "none",
+        offload_optimizer: OffloadDevice | None = None,
+        offload_parameters: OffloadDevice | None = None,
+        nvme_path: str | Path | None = None,
+        config: dict[str, Any] | str | Path | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta = default_pg_timeout,
+    ) -> None:
+        sizes: dict[str, Size] = {
+            "data_parallel_size": data_parallel_size,
+            "tensor_parallel_size": tensor_parallel_size,
+            "pipeline_parallel_size": pipeline_parallel_size,
+            "context_parallel_size": context_parallel_size,
+            "expert_parallel_size": expert_parallel_size,
+            "replicate_size": replicate_size,
+        }
+        self.settings = EngineSettings.resolve(
+            zero_stage=zero_stage,
+            offload_optimizer=offload_optimizer,
+            offload_parameters=offload_parameters,
+            nvme_path=nvme_path,
+            config=config,
+            sizes=sizes,
+        )
+        check_engine(sizes, self.settings)
+        super().__init__(
+            sizes=sizes,
+            layout=Layout(
+                zero_stage=self.settings.zero_stage,
+                pipeline_schedule=SCHEDULE,
+                pipeline_split=pipeline_split,
+                microbatches=microbatches,
+                sequence_parallel=False,
+                context_parallel_method=context_parallel_method,
+                recompute=recompute,
+            ),
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+        self.engine: Any = None
+        self.gradients: Gradients | None = None
+        self._cut: Cut | None = None
+        self._cut_module: pl.LightningModule | None = None
+        self._grid: Grid | None = None
+
+    def _resolve_dims(self, *arguments: Any) -> ParallelDims:
+        dims = super()._resolve_dims(*arguments)
+        check_engine(vars(dims), self.settings)
+        return dims
+
+    # -- the model --
+
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
+        """`trainer.init_module(empty_init=True)` builds on the meta device: weights come after everything is cut."""
+        with torch.device("meta") if empty_init else nullcontext(), self.precision_plugin.tensor_init_context():
+            yield
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Cuts the model, makes optimizers and engine, and fits the loops to them."""
+        assert self.accelerator is not None and self.lightning_module is not None
+        self.accelerator.setup(trainer)
+        import_deepspeed(self.root_device)
+        if self._cut_module is not self.lightning_module:
+            self._take_apart(self.lightning_module)
+            self._cut_module = self.lightning_module
+        self.barrier()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._reset_optimizers_and_schedulers()
+            self.setup_optimizers(trainer)
+            self._start_engine(self._one_optimizer())
+        elif self.engine is None and (self.settings.zero_stage == 3 or self._is_pipelined):
+            self._start_engine(None)
+        self._begin(trainer)
+        self.setup_precision_plugin()
+        self._without_inference_mode(trainer)
+
+    @property
+    def _is_pipelined(self) -> bool:
+        return self.meshes.dims.pipeline_parallel_size > 1
+
+    def _take_apart(self, module: pl.LightningModule) -> None:
+        """Cuts the module's model, gives this rank's parts their place and their weights."""
+        dims = self.meshes.dims
+        target, plan = target_of(module, dims, self.layout)
+        self.plan = plan
+        self._grid = Grid(self.meshes)
+        self.precision_plugin.convert_module(target)
+        built = not any(parameter.is_meta for parameter in target.parameters())
+        if built:
+            self._copy_from_rank_zero(target)
+        self._cut = cut(target, plan, self.meshes, self.layout)
+        self.context = self._cut.context
+        if dims.world_size > 1 or self.settings.zero_stage == 3:
+            mark_as_cut(target)
+        if self._is_pipelined:
+            check_pipelined(module)
+        if dims.model_parallel_size > 1:
+            check_others(module, target, dims)
+        self._count_tokens(module)
+        if not built:
+            self._materialize(module, target)
+        if plan is not None and dims.tensor_parallel_size > 1:
+            reduce_replicated(target, plan, self.meshes.tensor.get_group())
+        place_the_rest(module, target, self.root_device)
+
+    def _materialize(self, module: pl.LightningModule, model: nn.Module) -> None:
+        assert self._cut is not None
+        source = self._weight_source(module)
+        if self.plan is not None:
+            source = AliasedSource(source, self.plan)
+        in_host = self.settings.offload_parameters is not None
+        partition = self._partition if self.settings.zero_stage == 3 else None
+        device = "cpu" if in_host else self.root_device
+        materialize(model, self.plan, source, self._cut.shards, device, partition)
+        if self.plan is not None:
+            for owner, copy in self.plan.tied:
+                retie(model, owner, copy)
+
+    def _partition(self, part: nn.Module) -> None:
+        """ZeRO-3's share of a block's parameters, in the engine's type."""
+        import deepspeed
+
+        dtype = self.precision_plugin.compute_dtype
+        for parameter in part.parameters():
+            if not hasattr(parameter, "ds_id"):
+                parameter.data = parameter.data.to(dtype)
+        deepspeed.zero.Init(
+            module=part, config_dict_or_path=self._engine_config(trains=True), mpu=self._grid, dtype=dtype
+        )
+
+    # -- the engine --
+
+    def _one_optimizer(self) -> Optimizer | None:
+        if "optimizer" in self.settings.config:
+            rank_zero_info(
+                "DeepSpeed makes the optimizer that its configuration names; configure_optimizers() has no say."
+            )
+            return None
+        if len(self.optimizers) != 1:
+            raise ConfigurationError(
+                f"DeepSpeed's engine takes one optimizer, and configure_optimizers() returned {len(self.optimizers)}."
+            )
+        return self.optimizers[0]
+
+    def _engine_config(self, *, trains: bool) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        dims = self.meshes.dims
+        batch = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
+        config, overridden = engine_config(
+            self.settings,
+            precision=str(self.precision_plugin.precision),
+            batch_size=max(1, batch // dims.data_parallel_size // trainer.accumulate_grad_batches) if batch else 1,
+            secondary_shards=dims.data_parallel_size // dims.replicate_size if dims.replicate_size > 1 else 1,
+            clips=trainer.gradient_clip_val is not None,
+            trains=trains,
+        )
+        if overridden and not self._told:
+            rank_zero_info("Of DeepSpeed's configuration: " + "; ".join(overridden))
+        self._told = True
+        return config
+
+    _told = False
+
+    def _start_engine(self, optimizer: Optimizer | None) -> None:
+        import deepspeed
+
+        assert self.lightning_module is not None
+        if self.engine is not None:
+            self.engine.destroy()
+        module = self.lightning_module
+        model: Any = module
+        if self._is_pipelined:
+            model = pipeline_module(self._decoder, self.meshes, self._tied_across_stages())
+        trains = module.trainer.state.fn == TrainerFn.FITTING
+        self.engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            model_parameters=[p for p in module.parameters() if p.requires_grad] if optimizer is None else None,
+            config=self._engine_config(trains=trains),
+            mpu=None if self._is_pipelined else self._grid,
+            dist_init_required=False,
+        )
+        self.gradients = Gradients(self.engine, self.root_device)
+        self.precision_plugin.attach_engine(self.engine, self.gradients, self._finish_gradients)
+        if trains and optimizer is None:
+            self.optimizers = [self.engine.basic_optimizer]
+            self.lr_scheduler_configs = []
+        if self._is_pipelined:
+            self._run_in_pipeline(
+                module, EnginePipeline(self.engine, self.meshes, self.root_device, self.layout.microbatches)
+            )
+        else:
+            self.model = self.engine
+
+    def _tied_across_stages(self) -> list[tuple[nn.Parameter, Any]]:
+        """Parameters that the pipeline's other end has too."""
+        assert self.plan is not None
+        group = ends_group(self.meshes.dense, self.layout.schedule, self.timeout) if self.plan.tied else None
+        named = dict(self._decoder.named_parameters())
+        found = []
+        for owner, copy in self.plan.tied:
+            for name in (owner, copy):
+                if name in named and group is not None:
+                    found.append((named[name], group))
+                    named[name].ds_pipe_replicated = name == copy  # counted once in norms
+        return found
+
+    # -- steps and gradients --
+
+    def _accumulate(self, *, last: bool) -> None:
+        if isinstance(self.pipeline, EnginePipeline):
+            self.pipeline.last_of_step = last
+        else:
+            self.engine.set_gradient_accumulation_boundary(last)
+
+    @property
+    def _pipelined_loss_scale(self) -> float:
+        return 1.0  # the engine scales
+
+    @property
+    def _decoder(self) -> nn.Module:
+        model = getattr(self.lightning_module, "model", None)
+        assert isinstance(model, nn.Module)
+        return model
+
+    @property
+    def precision_plugin(self) -> DeepSpeedPrecision:
+        """Lightning's precision of the same name, on DeepSpeed's engine."""
+        # Lightning asks before it has set one, and takes what it finds then for the user's.
+        return self._precision_plugin or DeepSpeedPrecision("32-true")
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        if plugin is not None and not isinstance(plugin, DeepSpeedPrecision):
+            plugin = DeepSpeedPrecision(str(plugin.precision))
+        self._precision_plugin: DeepSpeedPrecision | None = plugin
+
+    def _finish_gradients(self) -> None:
+        assert self.lightning_module is not None and self.gradients is not None
+        if not self._unfinished:  # clip_gradients() of manual optimization comes before the step that would do it
+            return
+        self._unfinished = False
+        weight = self._tokens.close(self.lightning_module.trainer.accumulate_grad_batches)
+        if weight is not None:
+            self.gradients.scale(weight)
+
+    def gradient_norm(self, parameters: list[nn.Parameter] | None = None) -> Tensor:
+        """Euclidean norm of all gradients over every axis, equal on all ranks; as they were before any clipping."""
+        assert self.gradients is not None
+        return self.gradients.norm()
+
+    # -- the state --
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """This rank's parts of the weights."""
+        raise NotImplementedError
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """This rank's parts of the optimizer's state, keyed by parameter names."""
+        raise NotImplementedError
+
+    def teardown(self) -> None:
+        """Ends precision plugin and accelerator; the engine stays, for this trainer's next run."""
+        super().teardown()
+
+
+def import_deepspeed(device: torch.device) -> None:
+    """Imports deepspeed for this device, quietly.
+
+    Raises:
+        ConfigurationError: It is not installed.
+    """
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        from deepspeed.utils import logger
+    except ImportError as error:
+        raise ConfigurationError(
+            f'strategy="llm3d_deepspeed" needs DeepSpeed ({error}): pip install "lightning-llm[deepspeed]".'
+        ) from None
+    logger.setLevel(logging.WARNING)

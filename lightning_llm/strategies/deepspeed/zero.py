@@ -1,0 +1,132 @@
+"""DeepSpeed's engine and its ZeRO optimizers, as the strategy uses them: norms, and steps with a factor.
+
+What is private in deepspeed 0.19 stands here and in state.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_llm.strategies.optimization import local_gradients
+
+
+class Gradients:
+    """The gradients of an engine, once a backward that closes a step has reduced them.
+
+    Args:
+        engine: DeepSpeed's.
+        device: Where collectives run.
+    """
+
+    def __init__(self, engine: Any, device: torch.device) -> None:
+        self._engine = engine
+        self._device = device
+        self._factor: Tensor | float = 1.0
+        self._norm: Tensor | None = None
+
+    @property
+    def partitioned(self) -> bool:
+        """Whether ZeRO has them; else they are the parameters' own."""
+        return bool(self._engine.zero_optimization())
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss was multiplied by."""
+        return float(self._engine.optimizer.loss_scale) if self.partitioned else 1.0
+
+    def norm(self) -> Tensor:
+        """Euclidean norm over every axis, equal on all ranks; not scaled, not clipped. Computed once a step."""
+        if self._norm is None:
+            self._norm = self._scaled_norm() / self.loss_scale
+        return self._norm * self._factor
+
+    def scale(self, factor: Tensor | float) -> None:
+        """Multiplies all gradients, in the step that is to come."""
+        self._factor = self._factor * factor
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Within it the engine steps, with gradients multiplied by what `scale` was told."""
+        factor, norm = self._factor, self._norm
+        self._factor, self._norm = 1.0, None
+        if not self.partitioned:
+            if not isinstance(factor, float) or factor != 1.0:
+                for gradient in local_gradients(self._engine.module.parameters()):
+                    gradient.mul_(factor)
+            yield
+            return
+        optimizer = self._engine.optimizer
+        scale = optimizer.loss_scale
+        with _remembered_norm(optimizer, norm * scale if norm is not None else None):
+            if isinstance(factor, float) and factor == 1.0:
+                yield
+                return
+            # ZeRO divides gradients by the loss scale on their way into the optimizer, and by nothing else.
+            before = optimizer.custom_loss_scaler, optimizer.external_loss_scale
+            optimizer.custom_loss_scaler, optimizer.external_loss_scale = True, scale / float(factor)
+            try:
+                yield
+            finally:
+                optimizer.custom_loss_scaler, optimizer.external_loss_scale = before
+
+    def _scaled_norm(self) -> Tensor:
+        from deepspeed.runtime.utils import combine_grad_norm_groups, is_invalid_grad_norm
+
+        optimizer = self._engine.optimizer
+        if not self.partitioned:
+            return self._norm_of_parameters()
+        if hasattr(optimizer, "scaled_global_norm"):
+            norm = optimizer.scaled_global_norm()
+        else:
+            norm = combine_grad_norm_groups(optimizer._get_norm_groups())
+        norm = torch.as_tensor(norm, dtype=torch.float32, device=self._device)
+        return norm.new_full((), float("inf")) if is_invalid_grad_norm(norm) else norm
+
+    def _norm_of_parameters(self) -> Tensor:
+        """Each rank adds what it has alone, and of what several have the first one's: tensor ranks, expert replicas."""
+        from deepspeed.runtime.utils import is_model_parallel_parameter
+
+        engine = self._engine
+        mpu = engine.mpu
+        first = mpu is None or _tensor_rank(mpu) == 0
+        shared, experts = torch.zeros(2, dtype=torch.float32, device=self._device)
+        replicas = 1
+        for parameter in engine.module.parameters():
+            if parameter.grad is None or getattr(parameter, "ds_pipe_replicated", False):
+                continue
+            square = torch.linalg.vector_norm(parameter.grad.float()) ** 2
+            if not getattr(parameter, "allreduce", True):
+                experts += square
+                replicas = dist.get_world_size(engine.expert_data_parallel_group[parameter.group_name])
+            elif first or is_model_parallel_parameter(parameter):
+                shared += square
+        if mpu is not None:
+            dist.all_reduce(shared, group=mpu.get_model_parallel_group())
+        dist.all_reduce(experts, group=engine.seq_data_parallel_group)
+        return (shared + experts / replicas).sqrt()
+
+
+@contextmanager
+def _remembered_norm(optimizer: Any, norm: Tensor | None) -> Iterator[None]:
+    """Has a ZeRO optimizer take a norm that was just computed, instead of computing it again."""
+    name = "scaled_global_norm" if hasattr(optimizer, "scaled_global_norm") else "_get_norm_groups"
+    if norm is None or not bool(norm.isfinite()):  # an overflow is the optimizer's own to find
+        yield
+        return
+    setattr(optimizer, name, (lambda: norm) if name == "scaled_global_norm" else lambda: [norm])
+    try:
+        yield
+    finally:
+        delattr(optimizer, name)
+
+
+def _tensor_rank(mpu: Any) -> int:
+    from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank
+
+    return bwc_tensor_model_parallel_rank(mpu)
