@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Generator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -149,7 +149,7 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
         """Cuts the model, makes optimizers and engine, and fits the loops to them."""
         assert self.accelerator is not None and self.lightning_module is not None
         self.accelerator.setup(trainer)
-        import_deepspeed(self.root_device)
+        connect_deepspeed(self.root_device)
         if self._cut_module is not self.lightning_module:
             self._take_apart(self.lightning_module)
             self._cut_module = self.lightning_module
@@ -262,6 +262,8 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
         model: Any = module
         if self._is_pipelined:
             model = pipeline_module(self._decoder, self.meshes, self._tied_across_stages())
+            for name, parameter in self._decoder.named_parameters():
+                parameter.ds_pipe_replicated = name in self._copies  # type: ignore[attr-defined]  # left out of norms
         trains = module.trainer.state.fn == TrainerFn.FITTING
         self.engine, *_ = deepspeed.initialize(
             model=model,
@@ -283,6 +285,11 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
         else:
             self.model = self.engine
 
+    @property
+    def _copies(self) -> set[str]:
+        """Parameters that another stage owns."""
+        return {copy for _, copy in self.plan.tied} if self.plan is not None and self._is_pipelined else set()
+
     def _tied_across_stages(self) -> list[tuple[nn.Parameter, Any]]:
         """Parameters that the pipeline's other end has too."""
         assert self.plan is not None
@@ -293,7 +300,6 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
             for name in (owner, copy):
                 if name in named and group is not None:
                     found.append((named[name], group))
-                    named[name].ds_pipe_replicated = name == copy  # counted once in norms
         return found
 
     # -- steps and gradients --
@@ -303,6 +309,10 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
             self.pipeline.last_of_step = last
         else:
             self.engine.set_gradient_accumulation_boundary(last)
+
+    def block_backward_sync(self) -> AbstractContextManager[None]:
+        """Nothing to do: `_accumulate` has told the engine."""
+        return nullcontext()
 
     @property
     def _pipelined_loss_scale(self) -> float:
@@ -355,8 +365,8 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
         super().teardown()
 
 
-def import_deepspeed(device: torch.device) -> None:
-    """Imports deepspeed for this device, quietly.
+def connect_deepspeed(device: torch.device) -> None:
+    """Imports deepspeed for this device, quietly, and has it take up the processes that are connected.
 
     Raises:
         ConfigurationError: It is not installed.
@@ -364,9 +374,11 @@ def import_deepspeed(device: torch.device) -> None:
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
+        import deepspeed
         from deepspeed.utils import logger
     except ImportError as error:
         raise ConfigurationError(
             f'strategy="llm3d_deepspeed" needs DeepSpeed ({error}): pip install "lightning-llm[deepspeed]".'
         ) from None
     logger.setLevel(logging.WARNING)
+    deepspeed.init_distributed(dist_init_required=False)
