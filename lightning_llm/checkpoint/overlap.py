@@ -14,6 +14,7 @@ import contextlib
 import logging
 import threading
 import time
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -24,38 +25,62 @@ from torch.optim import Optimizer
 
 from lightning_llm._torch import copy_all
 from lightning_llm.checkpoint.committing import FinalError
+from lightning_llm.checkpoint.pieces import Pieces
 from lightning_llm.checkpoint.planning import local_part
 
 SAMPLES = 16  # elements of a tensor that are looked at
 
 log = logging.getLogger(__name__)
 
+_Place = tuple[str, int, int]  # device, address, bytes
 
-def stepped_tensors(tensors: Mapping[str, Tensor], optimizers: Iterable[Optimizer]) -> dict[str, Tensor]:
-    """Which tensors are an optimizer's parameters or states; all others may change at any time.
 
-    They are known by their memory, since a state dict has objects of its own. One that is not contiguous is not found.
+def stepped_tensors(tensors: Mapping[str, Tensor | Pieces], optimizers: Iterable[Optimizer]) -> dict[str, Tensor]:
+    """Which tensors are an optimizer's parameters or states, or parts of such; all others may change at any time.
+
+    They are known by their memory, since a state dict has objects of its own, and an engine's one buffer has those of
+    many. What is not contiguous, or not all in one tensor of an optimizer, is not found.
 
     Returns:
         Name -> the optimizer's own object.
     """
-    owners: dict[Any, Tensor] = {}
+    owners: dict[_Place, Tensor] = {}
     for optimizer in optimizers:
         held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for state in optimizer.state.values():
             held += [value for value in state.values() if isinstance(value, Tensor)]
         for owner in held:
             local = local_part(owner)
-            owners[_place(getattr(local, "_tensor", local))] = owner  # torchao wraps weights to be gathered in float8
-    owners.pop(None, None)
-    places = {name: _place(local_part(tensor)) for name, tensor in tensors.items()}
-    return {name: owners[place] for name, place in places.items() if place in owners}
+            place = _place(getattr(local, "_tensor", local))  # torchao wraps weights to be gathered in float8
+            if place is not None:
+                owners[place] = owner
+    ordered = sorted(owners)
+    found = {}
+    for name, tensor in tensors.items():
+        parts = [piece.tensor for piece in tensor.pieces] if isinstance(tensor, Pieces) else [local_part(tensor)]
+        around = {_around(_place(part), ordered) for part in parts}
+        whose = around.pop() if len(around) == 1 else None
+        if whose is not None:
+            found[name] = owners[whose]
+    return found
 
 
-def _place(tensor: Tensor) -> tuple[torch.device, int, int] | None:
+def _place(tensor: Tensor) -> _Place | None:
     if type(tensor) not in (Tensor, nn.Parameter) or not tensor.is_contiguous() or not tensor.numel():
         return None
-    return tensor.device, tensor.data_ptr(), tensor.numel() * tensor.itemsize
+    return str(tensor.device), tensor.data_ptr(), tensor.numel() * tensor.itemsize
+
+
+def _around(place: _Place | None, ordered: list[_Place]) -> _Place | None:
+    """Which of the places, in order, contains a place."""
+    if place is None:
+        return None
+    device, start, size = place
+    before = bisect_right(ordered, (device, start), key=lambda outer: outer[:2])
+    if not before:
+        return None
+    outer = ordered[before - 1]
+    return outer if outer[0] == device and start + size <= outer[1] + outer[2] else None
 
 
 class OverlappedCopy:

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.planner import SavePlan as TorchPlan
 from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.tensor import DTensor
 
+from lightning_llm.checkpoint.pieces import Pieces
 from lightning_llm.errors import ConfigurationError
 
 DTYPES: dict[str, torch.dtype] = {name: dtype for name, dtype in _TYPES.items() if dtype is not None}
@@ -104,13 +105,19 @@ def make_index(
     return index
 
 
-def form_of(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> int:
+def form_of(tensors: Mapping[str, Tensor | Pieces], values: Mapping[str, Any]) -> int:
     """Equal as long as a plan stays right."""
-    placed = ((n, t.dtype, t.shape, t.placements if isinstance(t, DTensor) else None) for n, t in tensors.items())
+    placed = ((name, tensor.dtype, tensor.shape, _placement(tensor)) for name, tensor in tensors.items())
     return hash((tuple(placed), tuple(values)))
 
 
-def make_plan(tensors: Mapping[str, Tensor], values: Mapping[str, Any], *, alone: bool) -> SavePlan:
+def _placement(tensor: Tensor | Pieces) -> object:
+    if isinstance(tensor, Pieces):
+        return tensor.boxes
+    return tensor.placements if isinstance(tensor, DTensor) else None
+
+
+def make_plan(tensors: Mapping[str, Tensor | Pieces], values: Mapping[str, Any], *, alone: bool) -> SavePlan:
     """Agrees with the other ranks on a plan. Collective.
 
     Args:
@@ -171,6 +178,11 @@ def _values(plan: TorchPlan) -> tuple[str, ...]:
 def local_part(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_box(tensor: Tensor | Pieces, offsets: Sequence[int]) -> Tensor:
+    """What this rank holds of a tensor in the box that begins at `offsets`, one of those that it has."""
+    return tensor.at(offsets) if isinstance(tensor, Pieces) else local_part(tensor)
 
 
 def size_of(shape: Sequence[int], dtype: str) -> int:

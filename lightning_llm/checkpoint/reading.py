@@ -25,7 +25,8 @@ from lightning_llm.checkpoint.encoding import decode
 from lightning_llm.checkpoint.files import TensorEntry, map_file, read_header
 from lightning_llm.checkpoint.lazy import Box, LazyTensor, assemble
 from lightning_llm.checkpoint.manifest import MANIFEST, Manifest, secret
-from lightning_llm.checkpoint.planning import DTYPES, Block, local_part, rank_file
+from lightning_llm.checkpoint.pieces import Pieces
+from lightning_llm.checkpoint.planning import DTYPES, Block, local_box, rank_file
 from lightning_llm.checkpoint.selection import Selected, select
 
 TRAINER_PART = "trainer"  # what names of tensors begin with that are parts of the trainer's state
@@ -158,8 +159,8 @@ class Checkpoint:
         block = Block(name, offsets, tuple(shape), shape == entry["shape"])
         return self._file(rank_file(rank))[block.key]
 
-    def read_into(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fills tensors, or this rank's parts of DTensors, wherever the checkpoint has them.
+    def read_into(self, tensors: Mapping[str, Tensor | Pieces]) -> None:
+        """Fills tensors, or this rank's parts of them (of a DTensor, or Pieces), wherever the checkpoint has them.
 
         Args:
             tensors: By global name, in the shapes of the checkpoint's `tensors`.
@@ -169,7 +170,7 @@ class Checkpoint:
         with torch.no_grad():
             for item in plan.items:
                 source = self._block(item.storage_index.fqn, *_place(item.storage_index))
-                target = local_part(wanted[item.dest_index.fqn])
+                target = local_box(wanted[item.dest_index.fqn], _place(item.dest_index)[0])
                 for dim, length in enumerate(item.lengths):
                     source = source.narrow(dim, item.storage_offsets[dim], length)
                     target = target.narrow(dim, item.dest_offsets[dim], length)
@@ -206,7 +207,9 @@ class Checkpoint:
             yield name, self.read(f"model.{prefix}{name}")
 
 
-def _has_part(tensor: Tensor) -> bool:
+def _has_part(tensor: Tensor | Pieces) -> bool:
+    if isinstance(tensor, Pieces):
+        return bool(tensor.pieces)
     return not isinstance(tensor, DTensor) or tensor.to_local().numel() > 0
 
 

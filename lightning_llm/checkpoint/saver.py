@@ -37,7 +37,8 @@ from lightning_llm.checkpoint.committing import (
 from lightning_llm.checkpoint.digest import FileRecord
 from lightning_llm.checkpoint.encoding import encode
 from lightning_llm.checkpoint.overlap import OverlappedCopy, stepped_tensors
-from lightning_llm.checkpoint.planning import SavePlan, form_of, local_part, make_plan
+from lightning_llm.checkpoint.pieces import Pieces
+from lightning_llm.checkpoint.planning import SavePlan, form_of, local_box, make_plan
 from lightning_llm.checkpoint.rendezvous import Rendezvous
 from lightning_llm.checkpoint.staging import StagingBuffer, stream
 from lightning_llm.checkpoint.store import CheckpointStore
@@ -53,7 +54,7 @@ class RunState:
 
     Attributes:
         step: Optimizer steps until now.
-        tensors: Weights and optimizer states by global name; a DTensor is this rank's part of one.
+        tensors: Weights and optimizer states by global name; a DTensor, or Pieces, is this rank's part of one.
         values: Plain values by global name that only some ranks have, such as a stage's learning rates.
         trainer: Plain state that is the same on all ranks: loops, schedulers, callbacks, hyperparameters.
         rank: Plain state of this rank alone, such as its random generators'.
@@ -63,7 +64,7 @@ class RunState:
     """
 
     step: int
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor | Pieces]
     values: Mapping[str, Any] = field(default_factory=dict)
     trainer: Mapping[str, Any] = field(default_factory=dict)
     rank: Mapping[str, Any] = field(default_factory=dict)
@@ -248,7 +249,7 @@ class CheckpointSaver:
         for talk in self._talks:  # all ranks have ended theirs, since all have come here
             talk.forget()
         self._talks.clear()
-        tensors = {block.key: local_part(state.tensors[block.tensor]) for block in plan.blocks}
+        tensors = {block.key: local_box(state.tensors[block.tensor], block.offsets) for block in plan.blocks}
         metadata = {"rank": json.dumps(encode(state.rank, tensors, "rank"))}
         in_values: dict[str, Tensor] = {}
         values = {name: encode(state.values[name], in_values, name) for name in plan.values}
