@@ -32,6 +32,6 @@ def copy_all(places: list[Tensor], tensors: list[Tensor]) -> None:
         torch._foreach_copy_(places, tensors, non_blocking=True)
 
 
-def full_ndim(parameter: Tensor) -> int:
-    """Dims of a parameter, also of one that ZeRO-3 has partitioned and emptied (deepspeed's `ds_shape`)."""
-    return len(getattr(parameter, "ds_shape", parameter.shape))
+def full_shape(parameter: Tensor) -> torch.Size:
+    """Shape of a parameter, also of one that ZeRO-3 has partitioned and emptied (deepspeed's `ds_shape`)."""
+    return getattr(parameter, "ds_shape", parameter.shape)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_llm._torch import full_shape
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.models.attention import AttentionFunction, causal_attention
 from lightning_llm.models.config import DecoderConfig
@@ -36,7 +37,7 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print(decoder)` shows of it."""
-        return f"{self.weight.shape[0]}, eps={self.eps}"
+        return f"{full_shape(self.weight)[0]}, eps={self.eps}"
 
 
 class Attention(nn.Module):

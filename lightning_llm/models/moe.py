@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_llm._torch import untraced
+from lightning_llm._torch import full_shape, untraced
 from lightning_llm.models.mlp import MLP
 from lightning_llm.models.sizes import ROUTING_BIAS
 
@@ -186,7 +186,7 @@ class Router(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print(decoder)` shows of it."""
-        return f"top {self.top_k} of {self.weight.shape[0]}, {self.scoring_func}"
+        return f"top {self.top_k} of {full_shape(self.weight)[0]}, {self.scoring_func}"
 
 
 class _WithLosses(torch.autograd.Function):
@@ -239,7 +239,7 @@ class Experts(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print(decoder)` shows of it."""
-        experts, intermediate, hidden = self.gate_proj.shape
+        experts, intermediate, hidden = full_shape(self.gate_proj)
         return f"{experts} of {hidden} -> {intermediate} -> {hidden}"
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_llm._torch import full_ndim
+from lightning_llm._torch import full_shape
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.models.adamw import CastingAdamW, stored_dtype
 from lightning_llm.models.moe import Router
@@ -79,8 +79,8 @@ class OptimizerSettings:
         hidden = hidden_matrices(model) if self.optimizer == "muon" else []
         taken = {id(parameter) for parameter in hidden}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
-        matrices = [p for p in rest if full_ndim(p) >= 2]
-        vectors = [p for p in rest if full_ndim(p) < 2]
+        matrices = [p for p in rest if len(full_shape(p)) >= 2]
+        vectors = [p for p in rest if len(full_shape(p)) < 2]
         groups: list[dict[str, Any]] = [
             {"params": matrices, "weight_decay": self.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
@@ -121,7 +121,7 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding | Router) or name.rpartition(".")[2] == "lm_head":
             others |= {id(parameter) for parameter in module.parameters()}
-    return [p for p in model.parameters() if p.requires_grad and full_ndim(p) >= 2 and id(p) not in others]
+    return [p for p in model.parameters() if p.requires_grad and len(full_shape(p)) >= 2 and id(p) not in others]
 
 
 def _filled(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -101,12 +101,16 @@ class ShardedState(ProcessGrid):
         reshard_all(self.lightning_module)
         fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING  # validation must not touch optimizers
         optimizers = self.optimizers if fitting else []
-        restore(checkpoint, self.lightning_module, optimizers, self._aliases())
+        self._restore(checkpoint, optimizers)
         self.restored_from = checkpoint.path
         if fitting:
             rank_zero_info(f"Going on from {checkpoint.path}, step {checkpoint.manifest.step}")
         self._random_state = self._saved_random_state(checkpoint) if fitting else None
         return checkpoint.trainer_state()
+
+    def _restore(self, checkpoint: Checkpoint, optimizers: list[Optimizer]) -> None:
+        assert self.lightning_module is not None
+        restore(checkpoint, self.lightning_module, optimizers, self._aliases())
 
     def _saved_random_state(self, checkpoint: Checkpoint) -> dict[str, Any] | None:
         """Where this rank's random generators go on.

@@ -187,7 +187,18 @@ def spread_experts(model: nn.Module, size: int) -> dict[str, Shard]:
     Returns:
         The parameters that are shards now.
     """
+    from deepspeed.moe.layer import MoE
     from deepspeed.utils import groups
+
+    class HasExperts(MoE):
+        """Without content. DeepSpeed's engine looks for this type alone to find out whether there are experts."""
+
+        def __init__(self, num_experts: int) -> None:
+            nn.Module.__init__(self)
+            self.num_experts = num_experts
+
+        def set_deepspeed_parallelism(self, *_: Any) -> None:
+            """Nothing to do: the groups are there."""
 
     groups._create_expert_and_data_parallel(size)
     name_of_group = f"ep_size_{size}"
@@ -205,6 +216,7 @@ def spread_experts(model: nn.Module, size: int) -> dict[str, Shard]:
                 module.register_parameter(name, share)
                 shards[f"{path}.{name}"] = Shard(0, rank, size)
             exchange.attach(module)
+    model.add_module("has_experts", HasExperts(experts_of(model)[0].gate_proj.shape[0] * size))
     return shards
 
 

@@ -23,14 +23,24 @@ from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
+from lightning_llm.checkpoint.reading import Checkpoint
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.strategies.checks import check_others, mark_as_cut, target_of
 from lightning_llm.strategies.context import ContextMethod
 from lightning_llm.strategies.deepspeed.cutting import Cut, cut, materialize, reduce_replicated
 from lightning_llm.strategies.deepspeed.grid import Grid
+from lightning_llm.strategies.deepspeed.optimizers import (
+    Group,
+    check_optimizer,
+    follow,
+    for_host,
+    groups_by_name,
+    split_experts,
+)
 from lightning_llm.strategies.deepspeed.pipeline import SCHEDULE, EnginePipeline, pipeline_module
 from lightning_llm.strategies.deepspeed.precision import DeepSpeedPrecision
 from lightning_llm.strategies.deepspeed.settings import EngineSettings, OffloadDevice, check_engine, engine_config
+from lightning_llm.strategies.deepspeed.state import EngineState
 from lightning_llm.strategies.deepspeed.zero import Gradients
 from lightning_llm.strategies.layout import Layout, Recompute
 from lightning_llm.strategies.mesh import ParallelDims, Size
@@ -128,6 +138,9 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
         )
         self.engine: Any = None
         self.gradients: Gradients | None = None
+        self._optimizer: Optimizer | None = None
+        self._groups: dict[str, Group] = {}
+        self._split_groups: list[tuple[Group, Group]] = []
         self._cut: Cut | None = None
         self._cut_module: pl.LightningModule | None = None
         self._grid: Grid | None = None
@@ -157,7 +170,9 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
         if trainer.state.fn == TrainerFn.FITTING:
             self._reset_optimizers_and_schedulers()
             self.setup_optimizers(trainer)
-            self._start_engine(self._one_optimizer())
+            self._optimizer = self._fit_optimizer(self.lightning_module)
+            self._start_engine(self._optimizer)
+            self.optimizers = [self.engine.optimizer]  # whose zero_grad() leaves the masters' gradients alone
         elif self.engine is None and (self.settings.zero_stage == 3 or self._is_pipelined):
             self._start_engine(None)
         self._begin(trainer)
@@ -209,28 +224,38 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
     def _partition(self, part: nn.Module) -> None:
         """ZeRO-3's share of a block's parameters, in the engine's type."""
         import deepspeed
+        from deepspeed.utils import groups
 
         dtype = self.precision_plugin.compute_dtype
         for parameter in part.parameters():
             if not hasattr(parameter, "ds_id"):
                 parameter.data = parameter.data.to(dtype)
+        assert self._grid is not None
         deepspeed.zero.Init(
-            module=part, config_dict_or_path=self._engine_config(trains=True), mpu=self._grid, dtype=dtype
+            module=part,
+            data_parallel_group=self._grid.get_data_parallel_group(),
+            zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),  # made by the first block, for hpZ
+            config_dict_or_path=self._engine_config(trains=True),
+            mpu=self._grid,
+            dtype=dtype,
         )
 
     # -- the engine --
 
-    def _one_optimizer(self) -> Optimizer | None:
-        if "optimizer" in self.settings.config:
-            rank_zero_info(
-                "DeepSpeed makes the optimizer that its configuration names; configure_optimizers() has no say."
-            )
-            return None
+    def _fit_optimizer(self, module: pl.LightningModule) -> Optimizer:
+        """Makes of the module's optimizer what the engine takes."""
         if len(self.optimizers) != 1:
             raise ConfigurationError(
                 f"DeepSpeed's engine takes one optimizer, and configure_optimizers() returned {len(self.optimizers)}."
             )
-        return self.optimizers[0]
+        optimizer = self.optimizers[0]
+        check_optimizer(optimizer, self.settings.zero_stage)
+        if self.settings.offload_optimizer is not None:
+            optimizer = for_host(optimizer)
+        if self.meshes.dims.expert_parallel_size > 1 and self.settings.zero_stage > 0:
+            optimizer, self._split_groups = split_experts(optimizer)
+        self._groups = groups_by_name(optimizer, module)
+        return optimizer
 
     def _engine_config(self, *, trains: bool) -> dict[str, Any]:
         assert self.lightning_module is not None
@@ -268,16 +293,12 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            model_parameters=[p for p in module.parameters() if p.requires_grad] if optimizer is None else None,
             config=self._engine_config(trains=trains),
             mpu=None if self._is_pipelined else self._grid,
             dist_init_required=False,
         )
         self.gradients = Gradients(self.engine, self.root_device)
         self.precision_plugin.attach_engine(self.engine, self.gradients, self._finish_gradients)
-        if trains and optimizer is None:
-            self.optimizers = [self.engine.basic_optimizer]
-            self.lr_scheduler_configs = []
         if self._is_pipelined:
             self._run_in_pipeline(
                 module, EnginePipeline(self.engine, self.meshes, self.root_device, self.layout.microbatches)
@@ -341,6 +362,7 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
         if not self._unfinished:  # clip_gradients() of manual optimization comes before the step that would do it
             return
         self._unfinished = False
+        follow(self._split_groups)
         weight = self._tokens.close(self.lightning_module.trainer.accumulate_grad_batches)
         if weight is not None:
             self.gradients.scale(weight)
@@ -352,17 +374,29 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
 
     # -- the state --
 
+    @property
+    def _state(self) -> EngineState:
+        assert self.lightning_module is not None and self._cut is not None
+        prefix = "model." if self.plan is not None else ""
+        return EngineState(
+            self.lightning_module,
+            shards={f"{prefix}{name}": shard for name, shard in self._cut.shards.items()},
+            copies={f"{prefix}{name}" for name in self._copies},
+            engine=self.engine,
+            optimizer=self._optimizer,
+            groups=self._groups,
+        )
+
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """This rank's parts of the weights."""
-        raise NotImplementedError
+        """This rank's parts of the weights: the float32 masters, where the engine has them."""
+        return self._state.weights()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """This rank's parts of the optimizer's state, keyed by parameter names."""
-        raise NotImplementedError
+        return self._state.optimizer_state()
 
-    def teardown(self) -> None:
-        """Ends precision plugin and accelerator; the engine stays, for this trainer's next run."""
-        super().teardown()
+    def _restore(self, checkpoint: Checkpoint, optimizers: list[Optimizer]) -> None:
+        self._state.restore(checkpoint, self._aliases(), with_optimizer=bool(optimizers))
 
 
 def connect_deepspeed(device: torch.device) -> None:
