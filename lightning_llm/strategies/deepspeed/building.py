@@ -1,9 +1,9 @@
 """Has a C++ extension built by torch, once for all processes of a machine, and never waits for a builder that is gone.
 
-torch marks a build by a file `lock` in the extension's folder. A builder that is killed leaves it there, and every later
-process waits for ever, and without a word, until it is removed (torch/utils/file_baton.py, torch 2.13). Here the lock is
-the kernel's, which ends with the last process of the build; torch builds in a folder that nobody else uses; and what it
-made gets its name by a rename, so that a file of that name is whole. `ops.py` calls this; nothing here knows DeepSpeed.
+torch marks a build by a file `lock` in the extension's folder. A builder that is killed leaves it there, and later
+processes wait for its removal for ever, without a word (torch/utils/file_baton.py, torch 2.13). Here the lock is the
+kernel's, which ends with the last process of the build; torch builds in a folder that nobody else uses; and what it made
+gets its name by a rename, so that a file of that name is whole. `ops.py` calls this; nothing here knows DeepSpeed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def missing_tools(libraries: Sequence[str] = ()) -> tuple[str, ...]:
     compiler = shlex.split(os.environ.get("CXX") or "c++")  # torch's choice
     has_compiler = shutil.which(compiler[0]) is not None
     if not has_compiler:
-        missing.append(f"a C++ compiler, {compiler[0]} (Debian and Ubuntu: g++, Fedora: gcc-c++, conda: gxx; or set CXX)")
+        missing.append(
+            f"a C++ compiler, {compiler[0]} (Debian and Ubuntu: g++, Fedora: gcc-c++, conda: gxx; or set CXX)"
+        )
     if shutil.which("ninja", path=_search_path()) is None:
         missing.append("ninja (pip install ninja)")
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
@@ -154,8 +156,8 @@ def _alone(path: Path, time_limit: float, tell: Callable[[str], object]) -> Iter
         file = path.open("ab")
     except OSError as error:
         raise ConfigurationError(
-            f"{path} cannot be written ({error.strerror}). Have its owner build {path.stem}, or set LIGHTNING_LLM_CACHE "
-            f"or TORCH_EXTENSIONS_DIR to a folder of your own."
+            f"{path} cannot be written ({error.strerror}). Have its owner build {path.stem}, or set "
+            f"LIGHTNING_LLM_CACHE or TORCH_EXTENSIONS_DIR to a folder of your own."
         ) from None
     with file:
         deadline = time.monotonic() + time_limit
@@ -217,8 +219,8 @@ def _failure(log: Path) -> str | None:
     lines = log.read_text(errors="replace").splitlines()
     if not lines or not lines[-1].startswith(_FAILED):
         return None
-    tail = "\n".join(lines[1:-1][-_TAIL_LINES:])
-    return f"{log.stem} could not be built ({lines[-1].removeprefix(_FAILED)}). All of the output is in {log}; its end:\n{tail}"
+    outcome, tail = lines[-1].removeprefix(_FAILED), "\n".join(lines[1:-1][-_TAIL_LINES:])
+    return f"{log.stem} could not be built ({outcome}). Its output is in {log}, which ends so:\n{tail}"
 
 
 def _first_line(log: Path) -> str:

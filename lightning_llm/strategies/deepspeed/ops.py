@@ -1,12 +1,12 @@
 """DeepSpeed's C++ operators: which there are, which are built, and how one is made ready without ever hanging.
 
-DeepSpeed compiles an operator when it is first used. Here that happens before training, once for a machine, into a folder
-whose name says what it was compiled for; `LLM3DDeepSpeedStrategy` calls `prepare_ops` in every rank before
+DeepSpeed compiles an operator when it is first used. Here that happens before training, once for a machine, into a
+folder whose name says what it was compiled for: `LLM3DDeepSpeedStrategy` calls `prepare_ops` in every rank before
 `deepspeed.initialize`, and `lightning-llm doctor` shows `op_states`. To build ahead of the first run, as in an image:
 
     python -m lightning_llm.strategies.deepspeed.ops cpu_adam async_io
 
-The folder is $TORCH_EXTENSIONS_DIR, or $LIGHTNING_LLM_CACHE/torch_extensions, or ~/.cache/lightning_llm/torch_extensions.
+They are kept in $TORCH_EXTENSIONS_DIR, or else in torch_extensions/ of $LIGHTNING_LLM_CACHE or ~/.cache/lightning_llm.
 Nothing here imports DeepSpeed or torch until it has to. What is private in DeepSpeed was read in 0.19.8.
 """
 
@@ -117,11 +117,33 @@ def accelerator_name() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def op_states() -> list[OpState]:
-    """How far each operator is that a user can ask for. Builds nothing and takes a fraction of a second.
+def import_deepspeed(accelerator: str) -> ModuleType:
+    """Imports DeepSpeed, for devices of one kind; without that choice it warns of GPUs that it did not find.
+
+    Args:
+        accelerator: "cpu" or "cuda".
 
     Raises:
-        ConfigurationError: DeepSpeed is not installed.
+        ConfigurationError: It is not installed, or it has been set up for devices of another kind in this process.
+    """
+    if not is_installed():
+        raise ConfigurationError('DeepSpeed is not installed: pip install "lightning-llm[deepspeed]".')
+    os.environ.setdefault("DS_ACCELERATOR", accelerator)
+    import deepspeed
+
+    found = deepspeed.accelerator.get_accelerator().device_name()
+    if found != accelerator:
+        raise ConfigurationError(
+            f"This run is on {accelerator}, but in this process DeepSpeed was set up for {found} before: by the "
+            f"environment variable DS_ACCELERATOR, or by code that imports it. Set DS_ACCELERATOR={accelerator}."
+        )
+    return deepspeed
+
+
+def op_states() -> list[OpState]:
+    """How far each operator is that a user can ask for. Builds nothing, imports no DeepSpeed, takes a moment.
+
+    DeepSpeed must be installed.
     """
     return [_state(op) for op in OPS.values() if op.purpose]
 
@@ -180,7 +202,8 @@ def build(op: Op, *, time_limit: float = TIME_LIMIT, tell: Callable[[str], objec
     """
     state = _state(op)
     if state.state == "missing":
-        raise ConfigurationError(f"DeepSpeed's {op.name} ({op.purpose}) cannot be built here. Missing: {'; '.join(state.missing)}.")
+        lacking = "; ".join(state.missing)
+        raise ConfigurationError(f"DeepSpeed's {op.name} ({op.purpose}) cannot be built here. Missing: {lacking}.")
     if state.state == "installed":
         return None
     parts = [path for name in op.needs if (path := build(OPS[name], time_limit=time_limit, tell=tell)) is not None]
@@ -191,7 +214,7 @@ def build(op: Op, *, time_limit: float = TIME_LIMIT, tell: Callable[[str], objec
 
 
 def compile_op() -> None:
-    """The body of the process that `build` starts: DeepSpeed's builder for the class and the parts named in sys.argv."""
+    """The body of the process that `build` starts: sys.argv names DeepSpeed's builder and the parts that are built."""
     threading.Thread(target=end_group_with_parent, daemon=True).start()
     builder, *parts = sys.argv[1:]
     for part in parts:
@@ -205,10 +228,12 @@ def main() -> int:
         prog="python -m lightning_llm.strategies.deepspeed.ops",
         description="Build DeepSpeed's C++ operators before they are needed; without a name, tell how far they are.",
     )
-    names = [state.op.name for state in op_states()] if is_installed() else []
+    names = [op.name for op in OPS.values() if op.purpose]
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names)}")
     parser.add_argument("--time-limit", type=float, default=TIME_LIMIT, metavar="SECONDS", help="for each of them")
     arguments = parser.parse_args()
+    if not is_installed():
+        parser.error("DeepSpeed is not installed")
     if unknown := set(arguments.names) - set(names):
         parser.error(f"no such operator: {', '.join(sorted(unknown))}")
     failed = False
@@ -238,7 +263,7 @@ def _state(op: Op) -> OpState:
 
 
 def _folder(accelerator: str) -> Path:
-    """Where operators are that run with this Python, torch, DeepSpeed and processor (they are compiled for it alone)."""
+    """Where operators are that fit this Python, torch, DeepSpeed and processor, for which alone they are compiled."""
     if chosen := os.environ.get(EXTENSIONS_VARIABLE):
         root = Path(chosen)
     else:
@@ -274,16 +299,17 @@ def _installed_ops(accelerator: str) -> set[str]:
 
 
 def _load(op: Op, time_limit: float, tell: Callable[[str], object]) -> None:
+    path = build(op, time_limit=time_limit, tell=tell)
     for name in op.needs:
         _load(OPS[name], time_limit, tell)
-    path = build(op, time_limit=time_limit, tell=tell)
     try:
         if path is not None:
             _adopt(path)
         _builder(op.builder).load()
     except ImportError as error:
         raise ConfigurationError(
-            f"DeepSpeed's {op.name} was built, but cannot be loaded: {error}. Remove {path or 'it'} to have it built again."
+            f"DeepSpeed's {op.name} is built, but cannot be loaded: {error}. If that is not the reason, remove "
+            f"{path} to have it built again."
         ) from error
 
 
