@@ -28,7 +28,9 @@ help: ## list what can be done
 setup: $(STAMP) ## make .venv with everything pinned (a second call does nothing)
 
 # The order matters: torch first and alone, then the rest with torch held where it is, then two without what
-# they ask for (requirements/no-deps.txt tells why), then this project itself.
+# they ask for (requirements/no-deps.txt tells why), then this project itself. DeepSpeed's Adam for CPUs is compiled
+# last, into the user's cache; where it cannot be, the tests that need it are skipped. What offloads to NVMe takes six
+# minutes of a core and libaio, and so is left to who wants it: python -m lightning_llm.strategies.deepspeed.ops async_io
 $(STAMP): requirements/torch.txt requirements/lock.txt requirements/no-deps.txt requirements/triton.txt pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "setup: no '$(PYTHON)' found; install Python 3.11 or later, or name one: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "setup: $(PYTHON) is $$($(PYTHON) -V 2>&1), 3.11 or later is needed; name one: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
@@ -43,6 +45,9 @@ $(STAMP): requirements/torch.txt requirements/lock.txt requirements/no-deps.txt 
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install --no-deps -r requirements/triton.txt
 	@echo "setup: lightning-llm"
 	@$(PIP) install --no-deps --no-build-isolation -e .
+	@echo "setup: DeepSpeed's Adam for CPUs (one or two minutes, once for a machine)"
+	@DS_ACCELERATOR=cpu $(BIN)/python -m lightning_llm.strategies.deepspeed.ops cpu_adam --time-limit 300 \
+		|| echo "setup: goes on without it; the tests that need it will be skipped"
 	@touch $@
 	@echo "setup: done, in $(VENV)"
 

@@ -22,6 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lightning_llm.strategies.deepspeed import ops
+
 _GIB = 2**30
 
 Status = Literal["ok", "missing", "problem"]
@@ -58,7 +60,7 @@ _OPTIONAL_PARTS: tuple[tuple[str, str, str], ...] = (
     ),
     ("wandb", "callbacks.WandbLogger", 'pip install "lightning-llm[tracking]"'),
     ("transformers", "loading exported folders elsewhere; the parity tests", "pip install transformers"),
-    ("deepspeed", "DeepSpeed's engine and its offload to CPU and NVMe", "pip install deepspeed"),
+    ("deepspeed", "DeepSpeed's engine and its offload to CPU and NVMe", 'pip install "lightning-llm[deepspeed]"'),
     ("boto3", "checkpoints and registries in object storage", 'pip install "lightning-llm[s3]"'),
     ("mlflow", "a registry of models kept by MLflow", 'pip install "lightning-llm[mlflow]"'),
     ("torchao", "FP8 training and quantised weights", "pip install torchao"),
@@ -82,6 +84,7 @@ def collect(folder: str | Path = ".") -> list[Finding]:
         *_compilers(),
         *(_package("optional parts", *part) for part in _OPTIONAL_PARTS),
         _torchvision(),
+        *_deepspeed(),
     ]
 
 
@@ -344,6 +347,38 @@ def _torchvision() -> Finding:
         if is_torchvision
         else "pip install --force-reinstall --no-deps torchmetrics",
     )
+
+
+def _deepspeed() -> list[Finding]:
+    """What DeepSpeed would run on, and how far its C++ operators are; nothing is built, nor DeepSpeed imported."""
+    if not ops.is_installed():
+        return []  # _OPTIONAL_PARTS tells
+    section = "DeepSpeed"
+    chosen = " (DS_ACCELERATOR)" if os.environ.get("DS_ACCELERATOR") else ""
+    found = [Finding(section=section, name="runs on", status="ok", detail=ops.accelerator_name() + chosen)]
+    for state in ops.op_states():
+        name, purpose = state.op.name, state.op.purpose
+        detail = {
+            "built": f"built, {state.path}",
+            "installed": "came with DeepSpeed",
+            "buildable": "not built; the first run that needs it does, in some minutes, or before that: "
+            f"python -m {ops.__name__} {name}",
+            "missing": "not built, and cannot be here",
+        }[state.state]
+        status: Status = "missing" if state.missing else "ok"
+        fix = f"install {', '.join(state.missing)}" if state.missing else ""
+        found.append(Finding(section=section, name=name, status=status, detail=detail, needed_for=purpose, fix=fix))
+    for lock in ops.dead_locks():
+        found.append(
+            Finding(
+                section=section,
+                name="lock",
+                status="problem",
+                detail=f"{lock}: its owner is gone, and whatever wants this extension from torch waits for ever",
+                fix=f"rm {lock}",
+            )
+        )
+    return found
 
 
 def _disk(folder: Path) -> Finding:

@@ -108,6 +108,43 @@ def test_torchvision_of_another_build_is_found_and_the_way_out_named(
     assert "pip uninstall torchvision" in finding.fix
 
 
+def test_operators_of_deepspeed_are_built_or_there_is_a_way_to_build_them(findings: list[Finding]) -> None:
+    assert by_name(findings, "runs on").detail.split()[0] in ("cpu", "cuda")
+    for name in ("cpu_adam", "async_io"):
+        finding = by_name(findings, name)
+        assert finding.section == "DeepSpeed" and "offload" in finding.needed_for
+        if finding.status == "missing":
+            assert finding.fix.startswith("install ")
+        else:
+            assert finding.status == "ok"
+            assert f"{name}.so" in finding.detail or f"python -m lightning_llm.strategies.deepspeed.ops {name}" in (
+                finding.detail
+            )
+
+
+def test_operators_of_deepspeed_that_cannot_be_built_say_what_they_lack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    adam = by_name(doctor._deepspeed(), "cpu_adam")
+    assert (adam.status, adam.detail) == ("missing", "not built, and cannot be here")
+    assert adam.fix.startswith("install a C++ compiler") and "libaio-dev" not in adam.fix
+    assert "libaio-dev" in by_name(doctor._deepspeed(), "async_io").fix
+
+
+def test_a_lock_that_a_dead_builder_left_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "fused_adam" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    assert all(finding.name != "lock" for finding in doctor._deepspeed())
+    os.utime(lock, (0, 0))
+    finding = by_name(doctor._deepspeed(), "lock")
+    assert (finding.status, finding.fix) == ("problem", f"rm {lock}")
+
+
 def test_render_says_what_is_missing_for_what_with_problems_first() -> None:
     findings = [
         Finding(section="software", name="torch", status="ok", detail="9.9"),

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from lightning_llm._processes import end_group_with_parent
 from lightning_llm.data._litdata import optimize_environment, optimize_tokens
 from lightning_llm.data.corpus import Chunk, Split
 from lightning_llm.data.documents import Piece, SourceFile, read_texts
@@ -179,7 +180,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def main(job_file: str) -> None:
     """Do the job in that file; the body of the packing process."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_group_with_parent, daemon=True).start()
     job = Job.load(job_file)
     for split, shards in job.shards.items():
         chunks = optimize_tokens(
@@ -190,13 +191,6 @@ def main(job_file: str) -> None:
             start_method=job.start_method,
         )
         _send(split=split, chunks=[asdict(chunk) for chunk in chunks])
-
-
-def _end_with_parent() -> None:
-    # Not through sys.stdin: its lock, held here, would be copied into forked workers, which close sys.stdin.
-    while os.read(0, 1):
-        pass
-    os.killpg(0, signal.SIGKILL)
 
 
 def _send(**record: Any) -> None:
