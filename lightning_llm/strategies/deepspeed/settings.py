@@ -55,13 +55,14 @@ class EngineSettings:
         """The settings, where what no argument says is the configuration's, and then the layout's."""
         given = read_config(config)
         zero = given.get("zero_optimization", {})
-        if zero_stage == "auto":
+        stage: Any = zero_stage
+        if stage == "auto":
             pipelined, mixture = (sizes[f"{axis}_parallel_size"] not in (1, "auto") for axis in ("pipeline", "expert"))
-            zero_stage = zero.get("stage", 1 if pipelined else 2 if mixture else 3)
+            stage = zero.get("stage", 1 if pipelined else 2 if mixture else 3)
         of_optimizer, of_parameters = zero.get("offload_optimizer") or {}, zero.get("offload_param") or {}
         found = nvme_path or of_optimizer.get("nvme_path") or of_parameters.get("nvme_path")
         return cls(
-            zero_stage=zero_stage,
+            zero_stage=stage,
             offload_optimizer=offload_optimizer or _device(of_optimizer),
             offload_parameters=offload_parameters or _device(of_parameters),
             nvme_path=Path(found) if found else None,
@@ -133,8 +134,8 @@ def check_engine(sizes: Mapping[str, Size], settings: EngineSettings) -> None:
     if size["replicate_size"] > 1 and size["tensor_parallel_size"] > 1:
         raise ConfigurationError(
             f"replicate_size={size['replicate_size']} with tensor_parallel_size={size['tensor_parallel_size']}: "
-            "DeepSpeed's hpZ takes neighbouring ranks for a replica, which tensor ranks are. Set one of them to 1, or use "
-            'strategy="llm3d".'
+            "DeepSpeed's hpZ takes neighbouring ranks for a replica, which tensor ranks are. Set one of them to 1, or "
+            'use strategy="llm3d".'
         )
 
 

@@ -134,7 +134,7 @@ class EngineState:
 
     def _take_over(self) -> None:
         """Makes the weights that are computed with those of the masters."""
-        optimizer = getattr(self.engine, "optimizer", None)
+        optimizer: Any = getattr(self.engine, "optimizer", None)
         if hasattr(optimizer, "update_lp_params"):
             optimizer.update_lp_params()
         if hasattr(optimizer, "_reassign_or_swap_out_partitioned_parameters"):
@@ -155,7 +155,7 @@ class EngineState:
         return [entry for entry in self._fragments() if entry[0] in self.groups]
 
     def _fragment(self, parameter: Any) -> Fragment | None:
-        optimizer = getattr(self.engine, "optimizer", None)
+        optimizer: Any = getattr(self.engine, "optimizer", None)
         if hasattr(parameter, "ds_id"):  # ZeRO-3
             flat, offset, subgroup = parameter.ds_tensor, 0, None
             length = start = parameter.ds_tensor.ds_numel
@@ -196,7 +196,7 @@ class _Memory:
     """Flat tensors and their states, those of a disk in memory for as long as this is."""
 
     def __init__(self, state: EngineState) -> None:
-        self._zero = getattr(state.engine, "optimizer", None)
+        self._zero: Any = getattr(state.engine, "optimizer", None)
         self._optimizer = state.optimizer
         self._loaded: dict[int, dict[str, Any]] = {}
 

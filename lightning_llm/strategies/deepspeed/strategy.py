@@ -6,10 +6,8 @@ pipeline.py runs stages, precision.py and zero.py step, state.py is what checkpo
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +27,7 @@ from lightning_llm.strategies.checks import check_others, mark_as_cut, target_of
 from lightning_llm.strategies.context import ContextMethod
 from lightning_llm.strategies.deepspeed.cutting import Cut, cut, materialize, reduce_replicated
 from lightning_llm.strategies.deepspeed.grid import Grid
+from lightning_llm.strategies.deepspeed.ops import import_deepspeed, prepare_ops
 from lightning_llm.strategies.deepspeed.optimizers import (
     Group,
     check_optimizer,
@@ -138,6 +137,7 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
         )
         self.engine: Any = None
         self.gradients: Gradients | None = None
+        self._has_cpu_adam = False
         self._optimizer: Optimizer | None = None
         self._groups: dict[str, Group] = {}
         self._split_groups: list[tuple[Group, Group]] = []
@@ -162,7 +162,7 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
         """Cuts the model, makes optimizers and engine, and fits the loops to them."""
         assert self.accelerator is not None and self.lightning_module is not None
         self.accelerator.setup(trainer)
-        connect_deepspeed(self.root_device)
+        self._make_ready()
         if self._cut_module is not self.lightning_module:
             self._take_apart(self.lightning_module)
             self._cut_module = self.lightning_module
@@ -178,6 +178,17 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
         self._begin(trainer)
         self.setup_precision_plugin()
         self._without_inference_mode(trainer)
+
+    def _make_ready(self) -> None:
+        """Has DeepSpeed take up the processes that are connected, with the operators that it will use."""
+        deepspeed = import_deepspeed(self.root_device.type)
+        settings = self.settings
+        needed = ["cpu_adam"] if settings.offload_optimizer is not None else []
+        if "nvme" in (settings.offload_optimizer, settings.offload_parameters):
+            needed.append("async_io")
+        ready = prepare_ops(needed)
+        self._has_cpu_adam = self.reduce_boolean_decision("cpu_adam" in ready)
+        deepspeed.init_distributed(dist_init_required=False)
 
     @property
     def _is_pipelined(self) -> bool:
@@ -250,7 +261,7 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
             )
         optimizer = self.optimizers[0]
         check_optimizer(optimizer, self.settings.zero_stage)
-        if self.settings.offload_optimizer is not None:
+        if self._has_cpu_adam:
             optimizer = for_host(optimizer)
         if self.meshes.dims.expert_parallel_size > 1 and self.settings.zero_stage > 0:
             optimizer, self._split_groups = split_experts(optimizer)
@@ -331,7 +342,7 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
         else:
             self.engine.set_gradient_accumulation_boundary(last)
 
-    def block_backward_sync(self) -> AbstractContextManager[None]:
+    def block_backward_sync(self) -> Any:
         """Nothing to do: `_accumulate` has told the engine."""
         return nullcontext()
 
@@ -397,22 +408,3 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
 
     def _restore(self, checkpoint: Checkpoint, optimizers: list[Optimizer]) -> None:
         self._state.restore(checkpoint, self._aliases(), with_optimizer=bool(optimizers))
-
-
-def connect_deepspeed(device: torch.device) -> None:
-    """Imports deepspeed for this device, quietly, and has it take up the processes that are connected.
-
-    Raises:
-        ConfigurationError: It is not installed.
-    """
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    try:
-        import deepspeed
-        from deepspeed.utils import logger
-    except ImportError as error:
-        raise ConfigurationError(
-            f'strategy="llm3d_deepspeed" needs DeepSpeed ({error}): pip install "lightning-llm[deepspeed]".'
-        ) from None
-    logger.setLevel(logging.WARNING)
-    deepspeed.init_distributed(dist_init_required=False)
