@@ -16,12 +16,13 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
 
-from lightning_llm import DecoderConfig, LLM3DStrategy, LLMModule, TokenDataModule
+from lightning_llm import DecoderConfig, LLMModule, TokenDataModule
 from lightning_llm.callbacks import Throughput
+from lightning_llm.checkpoint.pieces import Pieces
 from lightning_llm.checkpoint.random_state import random_state
 from tests.checkpoint.runs import CONFIG
 from tests.distributed import full
-from tests.strategies.training import make_trainer
+from tests.strategies.training import make_strategy, make_trainer
 
 
 @dataclass
@@ -113,7 +114,7 @@ def fit(
     logger, samples = MemoryLogger(), Samples()
     arguments = {"max_steps": last, "val_check_interval": 2, "limit_val_batches": 1, **options.trainer}
     trainer = make_trainer(
-        LLM3DStrategy(**options.sizes),
+        make_strategy(options.sizes),
         world_size,
         logger=logger,
         log_every_n_steps=1,
@@ -134,13 +135,21 @@ def fit(
         "batches": (trainer.current_epoch, progress.ready, progress.completed),
         "global_step": trainer.global_step,
         "steps_per_epoch": data.steps_per_epoch,
-        "weights": {name: full(p).detach().clone() for name, p in module.named_parameters()},
-        "optimizer": {
-            name: {key: full(value).clone() for key, value in optimizer.state[parameter].items()}
-            for name, parameter in module.named_parameters()
-        },
+        "weights": held(trainer.strategy.lightning_module_state_dict()),
+        "optimizer": held(trainer.strategy.optimizer_state(optimizer)),
         "random_state": random_state(),
     }
+
+
+def held(state: dict[str, Any]) -> dict[str, Any]:
+    """A copy of what a rank has of a state, whatever it has it in."""
+    found = {}
+    for name, value in state.items():
+        if isinstance(value, Pieces):
+            found[name] = [(piece.offsets, piece.tensor.clone()) for piece in value.pieces]
+        else:
+            found[name] = full(value).detach().clone() if isinstance(value, torch.Tensor) else value
+    return found
 
 
 def equal(left: Any, right: Any) -> bool:

@@ -20,6 +20,7 @@ PP2 = {"pipeline_parallel_size": 2}
 CP2 = {"context_parallel_size": 2}
 EP4 = {"expert_parallel_size": 4}
 PP4 = {"pipeline_parallel_size": 4}
+DEEPSPEED = {"engine": "deepspeed", "zero_stage": 2}
 MUON = {"optimizer": "muon", "optimizer_state_dtype": "bfloat16"}
 slow = pytest.mark.slow
 
@@ -40,6 +41,9 @@ def drawn_steps(name: str, per_epoch: int, last: int) -> list[int]:
         pytest.param(1, Story(), id="one process"),
         pytest.param(2, Story(trainer={"accumulate_grad_batches": 2}), id="dp2, accumulation"),
         pytest.param(2, Story(sizes=CP2), id="cp2", marks=slow),
+        pytest.param(2, Story(sizes=DEEPSPEED), id="DeepSpeed ZeRO-2"),
+        pytest.param(2, Story(sizes=DEEPSPEED | PP2 | {"zero_stage": 1}), id="DeepSpeed pp2", marks=slow),
+        pytest.param(2, Story(sizes=DEEPSPEED | {"zero_stage": 3}), id="DeepSpeed ZeRO-3", marks=slow),
         pytest.param(4, Story(sizes=TP2 | PP2, config=TIED), id="pp2 x tp2, tied", marks=slow),
         pytest.param(4, Story(sizes=TP2 | EP4, config=EXPERTS), id="dp2 x tp2 x ep4", marks=slow),
     ],
@@ -88,7 +92,7 @@ def assert_continues(whole: dict[str, Any], resumed: dict[str, Any], step: int, 
     assert resumed["global_step"] == whole["global_step"]
     assert resumed["weights"].keys() == whole["weights"].keys()
     for name, weight in whole["weights"].items():
-        assert torch.equal(resumed["weights"][name], weight), name
+        assert equal(resumed["weights"][name], weight), name
     assert equal(resumed["random_state"], whole["random_state"])
     assert equal(resumed["optimizer"], whole["optimizer"])
 

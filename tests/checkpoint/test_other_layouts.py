@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from lightning.pytorch import Callback
 
-from lightning_llm import LLM3DStrategy, LLMModule, TokenDataModule
+from lightning_llm import LLMModule, TokenDataModule
 from lightning_llm.checkpoint.reading import Checkpoint
 from tests.checkpoint.runs import CONFIG, EXPERTS, STEPS, TIED
 from tests.checkpoint.stories import equal
 from tests.distributed import run_distributed
-from tests.strategies.training import make_trainer
+from tests.strategies.training import make_strategy, make_trainer
 
 TP2 = {"tensor_parallel_size": 2}
 PP2 = {"pipeline_parallel_size": 2}
@@ -22,6 +22,7 @@ EP2 = {"expert_parallel_size": 2}
 CP2 = {"context_parallel_size": 2}
 ZERO0 = {"zero_stage": 0}
 ONE: dict[str, Any] = {}
+DEEPSPEED = {"engine": "deepspeed"}
 CONFIGS = {"untied": CONFIG, "tied": TIED, "experts": EXPERTS}
 OPTIMIZERS = {"muon": {"optimizer": "muon"}, "bfloat16 states": {"optimizer_state_dtype": "bfloat16"}}
 LOADED = 3  # the step that is gone on from
@@ -59,7 +60,7 @@ def go(
     """One run in one layout; `saved_again`: saves what it loaded before it trains."""
     watch = Watch(saves or {}, saved_again)
     trainer = make_trainer(
-        LLM3DStrategy(**sizes),
+        make_strategy(sizes),
         world_size,
         callbacks=[watch],
         max_steps=STEPS,
@@ -192,3 +193,30 @@ def test_no_sample_is_repeated_or_left_out_over_two_changes(pages: Path, tmp_pat
     ]
     seen = [samples_of_steps([rank[0] for rank in ranks]) for ranks in parts]
     assert seen[0][:2] + seen[1][:3] + seen[2] == samples_of_steps([whole])
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [
+        pytest.param(TP2, [DEEPSPEED | {"zero_stage": stage} for stage in (3, 1)], id="llm3d tp2 to DeepSpeed"),
+        pytest.param(DEEPSPEED | {"zero_stage": 3}, [TP2, DEEPSPEED | PP2], id="DeepSpeed ZeRO-3 to llm3d and pp2"),
+        pytest.param(
+            DEEPSPEED | PP2 | {"zero_stage": 1},
+            [ONE, DEEPSPEED | TP2 | {"zero_stage": 0}, DEEPSPEED | {"zero_stage": 3, "offload_optimizer": "cpu"}],
+            id="DeepSpeed pp2 to others",
+            marks=slow,
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", ["tied", pytest.param("untied", marks=slow)])
+def test_one_engine_goes_on_with_what_the_other_saved(
+    pages: Path, tmp_path: Path, saved: dict[str, Any], loaded: list[dict[str, Any]], name: str
+) -> None:
+    run = {"sizes": saved, "name": name, "saves": {LOADED: tmp_path / "step"}}
+    ranks = [rank[0] for rank in run_distributed(go_all, 2, pages, 2, [run])]
+    before = {"content": content(tmp_path / "step"), "ranks": ranks, "name": name}
+    for number, sizes in enumerate(loaded):
+        again = tmp_path / str(number)
+        next_run = {"sizes": sizes, "name": name, "resume": tmp_path / "step", "saved_again": again}
+        after = [rank[0] for rank in run_distributed(go_all, 2, pages, 2, [next_run])]
+        assert_goes_on(before, after, again)
