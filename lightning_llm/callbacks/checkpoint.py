@@ -323,13 +323,14 @@ class AsyncDistributedCheckpoint(ModelCheckpoint):
         if self._saver is None and (sharded or trainer.is_global_zero):
             self._saver = CheckpointSaver(strategy.root_device, alone=not sharded, **self._settings)
         if self._saver is not None:
+            stepped = trainer.optimizers
             if isinstance(strategy, ShardedState):
-                state = strategy.run_state(checkpoint)
+                state, stepped = strategy.run_state(checkpoint), strategy.stepped_optimizers
             else:
                 own = {"random": random_state()}
                 state = collect_whole(checkpoint, write_assets=module_assets(trainer), rank=own)
             with suppress(CheckpointError):  # in the foreground: `finished` tells it too
-                self._saver.save(state, filepath, trainer.optimizers if self.snapshot == "overlapped" else ())
+                self._saver.save(state, filepath, stepped if self.snapshot == "overlapped" else ())
         flight.blocked = time.monotonic() - flight.due
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath

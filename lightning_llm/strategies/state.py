@@ -50,6 +50,11 @@ class ShardedState(ProcessGrid):
         """`load_checkpoint` has restored the optimizers already."""
         return False
 
+    @property
+    def stepped_optimizers(self) -> list[Optimizer]:
+        """Those whose step changes weights and states; torch's own, whatever an engine has around them."""
+        return self.optimizers
+
     def _aliases(self) -> dict[str, str]:
         """Names under which a tied tensor's copy is stored: its owner's."""
         tied = self.plan.tied if self.plan is not None else ()

@@ -398,6 +398,11 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
             groups=self._groups,
         )
 
+    @property
+    def stepped_optimizers(self) -> list[Optimizer]:
+        """What the engine steps: ranges of float32 masters are its parameters."""
+        return [self._optimizer] if self._optimizer is not None else []
+
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """This rank's parts of the weights: the float32 masters, where the engine has them."""
         return self._state.weights()
