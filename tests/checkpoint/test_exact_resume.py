@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.checkpoint.runs import EXPERTS, TIED
 from tests.checkpoint.stories import Saves, Story, equal, story

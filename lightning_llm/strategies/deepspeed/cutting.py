@@ -107,12 +107,18 @@ def apply_autotp(model: nn.Module, plan: ParallelPlan, group: dist.ProcessGroup)
         The parameters that are shards now.
 
     Raises:
-        ConfigurationError: A style that AutoTP does not know.
+        ConfigurationError: A style, or a kind of layer, that AutoTP does not know.
     """
     from deepspeed import set_autotp_mode
     from deepspeed.module_inject.auto_tp import AutoTP
     from deepspeed.module_inject.autotp_config import AutoTPConfig
 
+    for name, module in model.named_modules():
+        if _style_of(name, plan) in ("column", "row") and type(module) is not nn.Linear:
+            raise ConfigurationError(
+                f"tensor_parallel_size: {name} is a {type(module).__name__}, which DeepSpeed's AutoTP would replace by a "
+                'plain linear layer. Leave out what converts it (FP8Precision, for example), or use strategy="llm3d".'
+            )
     set_autotp_mode(training=True)
     size = dist.get_world_size(group)
     autotp = AutoTP(

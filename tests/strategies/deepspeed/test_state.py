@@ -58,14 +58,12 @@ def content(folder: Path) -> dict[str, Any]:
     return {name: checkpoint.read(name) for name in checkpoint.tensors}
 
 
-def in_background(
-    world_size: int, settings: dict[str, Any], folder: Path, snapshot: str, precision: str
-) -> list[float]:
+def in_background(world: int, settings: dict[str, Any], folder: Path, snapshot: str, precision: str) -> list[float]:
     background = AsyncDistributedCheckpoint(
         folder, filename="{step}", every_n_train_steps=3, save_top_k=-1, snapshot=snapshot
     )
     callbacks = [SaveInForeground(3, folder / "now"), background]
-    return train(world_size, settings, callbacks, precision=precision)
+    return train(world, settings, callbacks, precision=precision)
 
 
 @pytest.mark.parametrize(
