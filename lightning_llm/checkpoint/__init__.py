@@ -9,7 +9,8 @@ background.
     saver  worker  rendezvous          from the snapshot to the commit, over all ranks
     selection  reading                 which checkpoint is loaded, and its content
     module_state  random_state         what a run's state is, and how it comes back
-    export  plugin                     out to Hugging Face; for Lightning's own strategies
+    pieces                             state that lies in flat ranges of one buffer
+    export  importing  plugin          out to Hugging Face; what others saved; for Lightning's own strategies
 """
 
 from __future__ import annotations

@@ -98,16 +98,16 @@ def import_(
     ranks: int = 1,
     weights_only: bool = False,
 ) -> None:
-    """Make a checkpoint of a Hugging Face folder, a Lightning .ckpt file or a torch.distributed.checkpoint folder.
+    """Make a checkpoint of what others saved: Hugging Face, Lightning, torch.distributed.checkpoint or DeepSpeed.
 
     Nothing that it contains is run: what is not plain data is refused.
 
     Args:
-        source: One of these.
+        source: A Hugging Face folder, a Lightning .ckpt file, a folder of torch.distributed.checkpoint or DeepSpeed.
         output: The checkpoint to make.
         model: A preset or a Hugging Face folder, where the source does not say what model it holds.
         tokenizer: A tokenizer.json, or a folder with one, where the source has none.
-        prefix: What comes before the weights' own names in a torch.distributed.checkpoint folder.
+        prefix: What comes before the weights' own names in a folder of the latter two.
         ranks: How many files.
         weights_only: Leave out optimizers.
     """

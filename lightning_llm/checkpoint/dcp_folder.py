@@ -66,27 +66,9 @@ def read_dcp_folder(
     """
     stored = DcpFolder(folder)
     tensors = stored.tensors()
-    prefix = _find_prefix(tensors, config) if prefix is None else prefix
-    weights = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(prefix) and not (prefix == "" and name.partition(".")[0] in OPTIMIZERS)
-    }
-    if not weights:
-        raise ConfigurationError(
-            f"{folder} has no tensor whose name begins with {prefix!r}. It has, for example, {sorted(tensors)[:3]}: "
-            "say by --prefix what comes before the weights' own names."
-        )
-    if config is not None:
-        if config.tie_word_embeddings:
-            weights.pop("lm_head.weight", None)
-        expected = config.parameter_shapes()
-        wrong = [name for name, shape in expected.items() if name not in weights or weights[name].shape != shape]
-        if wrong:
-            raise ConfigurationError(
-                f"{folder} does not hold this model under {prefix!r}: {len(wrong)} of {len(expected)} tensors are "
-                f"missing or of another shape, for example {wrong[:3]}. It has, for example, {sorted(tensors)[:3]}."
-            )
+    prefix = _prefix(tensors, config) if prefix is None else prefix
+    candidates = {name: tensor for name, tensor in tensors.items() if prefix or _part(name) not in OPTIMIZERS}
+    weights = select_weights(folder, candidates, config, prefix)
     found, values, reason = _optimizer(stored, tensors, weights)
     remarks = [f"its optimizer states are left out, so that no run can go on from it: {reason}"] if reason else []
     if found:
@@ -210,8 +192,8 @@ def _load_metadata(path: Path) -> metadata.Metadata:
     return found
 
 
-def _find_prefix(tensors: Mapping[str, LazyTensor], config: DecoderConfig | None) -> str:
-    """What comes before the weights' own names."""
+def find_prefix(tensors: Mapping[str, LazyTensor], config: DecoderConfig | None) -> str | None:
+    """What comes before the own names of a model's weights; None if they are not all there under any."""
     if config is not None:
         expected = list(config.parameter_shapes())
         for name in sorted(tensors, key=len):
@@ -219,7 +201,51 @@ def _find_prefix(tensors: Mapping[str, LazyTensor], config: DecoderConfig | None
                 candidate = name.removesuffix(expected[0])
                 if all(candidate + other in tensors for other in expected):
                     return candidate
-    return "model." if any(name.startswith("model.") for name in tensors) else ""
+    return None
+
+
+def select_weights(
+    folder: Path, tensors: Mapping[str, LazyTensor], config: DecoderConfig | None, prefix: str
+) -> dict[str, LazyTensor]:
+    """The weights by their own names.
+
+    Args:
+        folder: For errors.
+        tensors: All that there are.
+        config: Of the model; then its weights must all be there.
+        prefix: Of their names.
+
+    Raises:
+        ConfigurationError: There are none, or not all.
+    """
+    weights = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    if not weights:
+        raise ConfigurationError(
+            f"{folder} has no tensor whose name begins with {prefix!r}. It has, for example, {sorted(tensors)[:3]}: "
+            "say by --prefix what comes before the weights' own names."
+        )
+    if config is not None:
+        if config.tie_word_embeddings:
+            weights.pop("lm_head.weight", None)
+        expected = config.parameter_shapes()
+        wrong = [name for name, shape in expected.items() if name not in weights or weights[name].shape != shape]
+        if wrong:
+            raise ConfigurationError(
+                f"{folder} does not hold this model under {prefix!r}: {len(wrong)} of {len(expected)} tensors are "
+                f"missing or of another shape, for example {wrong[:3]}. It has, for example, {sorted(tensors)[:3]}."
+            )
+    return weights
+
+
+def _prefix(tensors: Mapping[str, LazyTensor], config: DecoderConfig | None) -> str:
+    found = find_prefix(tensors, config)
+    if found is not None:
+        return found
+    return "model." if any(_part(name) == "model" for name in tensors) else ""
+
+
+def _part(name: str) -> str:
+    return name.partition(".")[0]
 
 
 def _optimizer(

@@ -1,7 +1,7 @@
 """Checkpoints of other formats become ours. `lightning-llm import`.
 
-A Hugging Face folder, a Lightning `.ckpt` file, a folder of torch.distributed.checkpoint. The latter two contain
-pickles; of these only what is plain data is unpickled, and anything else is refused by its name.
+A Hugging Face folder, a Lightning `.ckpt` file, a folder of torch.distributed.checkpoint or of DeepSpeed. All but the
+first contain pickles; of these only what is plain data is unpickled, and anything else is refused by its name.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_llm._version import lightning_version
 from lightning_llm.checkpoint.dcp_folder import METADATA, OURS, read_dcp_folder
+from lightning_llm.checkpoint.deepspeed_folder import read_deepspeed_folder, step_folder
 from lightning_llm.checkpoint.lazy import Box, LazyTensor, whole
 from lightning_llm.checkpoint.lightning_file import read_lightning_file
 from lightning_llm.checkpoint.manifest import MANIFEST, Manifest
@@ -40,11 +41,13 @@ def import_checkpoint(
     """Makes a checkpoint of what was saved by something else.
 
     Args:
-        source: A Hugging Face folder, a Lightning checkpoint file, or a folder of torch.distributed.checkpoint.
+        source: A Hugging Face folder, a Lightning checkpoint file, or a folder of torch.distributed.checkpoint, of
+            DeepSpeed or of Lightning's DeepSpeedStrategy.
         output: Folder or URL of the checkpoint.
         model: A preset or a Hugging Face folder, where the source does not say what model it holds.
         tokenizer: A tokenizer.json, or a folder with one, where the source has none.
-        prefix: Of the weights' names in a folder of torch.distributed.checkpoint; found by itself in the usual ones.
+        prefix: Of the weights' names in a folder of torch.distributed.checkpoint or DeepSpeed; found by itself in the
+            usual ones.
         ranks: How many files.
         weights_only: Leave out optimizers.
 
@@ -52,11 +55,14 @@ def import_checkpoint(
         The manifest, and what could not be taken over.
 
     Raises:
-        ConfigurationError: It is none of the three, is damaged, or contains more than data; says what.
+        ConfigurationError: It is none of these, is damaged, or contains more than data; says what.
     """
     place = Path(source).expanduser()
-    if prefix is not None and not (place / METADATA).is_file():
-        raise ConfigurationError(f"--prefix is for folders of torch.distributed.checkpoint, and {place} is none.")
+    of_deepspeed = step_folder(place) is not None
+    if prefix is not None and not of_deepspeed and not (place / METADATA).is_file():
+        raise ConfigurationError(
+            f"--prefix is for folders of torch.distributed.checkpoint or DeepSpeed, and {place} is none."
+        )
     named = resolve_config(model) if model is not None else None
     remarks: list[str] = []
     if place.is_file():
@@ -67,6 +73,8 @@ def import_checkpoint(
         )
     elif (place / METADATA).is_file():
         content, config, remarks = read_dcp_folder(place, named, prefix)
+    elif of_deepspeed:
+        content, config, remarks = read_deepspeed_folder(place, named, prefix)
     elif (place / CONFIG).is_file():
         config = DecoderConfig.load(place)
         content = _read_hugging_face_folder(place, config)
@@ -74,8 +82,8 @@ def import_checkpoint(
         raise ConfigurationError(f"There is no {place}.")
     else:
         raise ConfigurationError(
-            f"{place} has neither {CONFIG} (a Hugging Face folder) nor {METADATA} (torch.distributed.checkpoint), and "
-            "is no Lightning checkpoint file: there is nothing to import."
+            f"{place} has neither {CONFIG} (a Hugging Face folder) nor {METADATA} (torch.distributed.checkpoint) nor "
+            "DeepSpeed's *_model_states.pt, and is no Lightning checkpoint file: there is nothing to import."
         )
     folders = (tokenizer, model, place)
     content = replace(content, assets=_assets(config, folders), source=place.name)

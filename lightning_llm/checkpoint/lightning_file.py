@@ -10,7 +10,7 @@ import math
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PosixPath, PurePath, PurePosixPath, PureWindowsPath, WindowsPath
 from typing import Any
 
@@ -45,7 +45,7 @@ def read_lightning_file(
     stored = load_data(path)
     if not isinstance(stored, dict) or not isinstance(stored.get("state_dict"), dict):
         raise ConfigurationError(f"{path} has no state_dict: it is not a checkpoint of Lightning.")
-    module = _module(stored.get(HYPER_PARAMETERS))
+    module = module_of(stored.get(HYPER_PARAMETERS))
     if module is not None:
         config = module.config
     weights: dict[str, Tensor] = {n: v for n, v in stored["state_dict"].items() if isinstance(v, Tensor)}
@@ -57,13 +57,13 @@ def read_lightning_file(
     states = stored.get("optimizer_states")
     if states is not None:
         try:
-            named = _name_states(states, module, weights)
+            named = name_states(states, module, weights)
             tensors |= {name: value for name, value in named.items() if isinstance(value, Tensor)}
             values |= {name: value for name, value in named.items() if not isinstance(value, Tensor)}
-        except _NamesUnknownError as error:
+        except NamesUnknownError as error:
             states = None
             remarks.append(f"its optimizer states are left out, so that no run can go on from it: {error}")
-    _check_form(path, tensors)
+    check_form(path, tensors)
     content = Content(
         step=int(stored.get("global_step", 0)),
         tensors={name: LazyTensor.of(tensor) for name, tensor in tensors.items()},
@@ -73,14 +73,18 @@ def read_lightning_file(
     return content if states is not None else content.without_optimizers(), config, remarks
 
 
-def load_data(path: Path) -> Any:
+def load_data(path: Path, also: Sequence[tuple[Any, str]] = ()) -> Any:
     """What `torch.save` wrote, if it is plain data and tensors; these stay in the file until they are read.
+
+    Args:
+        path: The file.
+        also: What takes the place of a class or function, with the full name of that.
 
     Raises:
         ConfigurationError: It is no such file, or names something else, which is not run.
     """
     try:
-        with torch.serialization.safe_globals(DATA_ALONE):
+        with torch.serialization.safe_globals([*DATA_ALONE, *also]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise refused(path, error) from None
@@ -99,11 +103,11 @@ def refused(path: Path, error: pickle.UnpicklingError) -> ConfigurationError:
     )
 
 
-class _NamesUnknownError(Exception):
+class NamesUnknownError(Exception):
     """It cannot be told which state is which parameter's; the message says why."""
 
 
-def _module(hyper_parameters: Any) -> LLMModule | None:
+def module_of(hyper_parameters: Any) -> LLMModule | None:
     """The LLMModule that was saved, on the meta device; None if it was another one."""
     known = hyper_parameters if isinstance(hyper_parameters, dict) else {}
     model, optimizer = known.get("model"), known.get("optimizer", "adamw")
@@ -118,12 +122,23 @@ def _module(hyper_parameters: Any) -> LLMModule | None:
     return module
 
 
-def _name_states(states: list[Any], module: LLMModule | None, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Optimizer states by number -> by parameter, as `module_state.py` names them."""
+def name_states(
+    states: list[Any], module: LLMModule | None, weights: Mapping[str, Tensor | LazyTensor]
+) -> dict[str, Any]:
+    """Optimizer states by number -> by parameter, as `module_state.py` names them.
+
+    Args:
+        states: Of each optimizer.
+        module: Whose they are; None if that is not known.
+        weights: Of it, by name.
+
+    Raises:
+        NamesUnknownError: Whose they are cannot be told.
+    """
     if module is None:
-        raise _NamesUnknownError("it was not saved by an LLMModule, so whose they are cannot be told")
+        raise NamesUnknownError("it was not saved by an LLMModule, so whose they are cannot be told")
     if len(states) != 1:
-        raise _NamesUnknownError(f"there are {len(states)} optimizers, and an LLMModule has one")
+        raise NamesUnknownError(f"there are {len(states)} optimizers, and an LLMModule has one")
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     expected = [
         [names[id(parameter)] for parameter in group["params"]]
@@ -133,7 +148,7 @@ def _name_states(states: list[Any], module: LLMModule | None, weights: Mapping[s
     groups = state["param_groups"]
     sizes = [len(group["params"]) for group in groups]
     if sizes != [len(group) for group in expected]:
-        raise _NamesUnknownError(
+        raise NamesUnknownError(
             f"its groups have {sizes} parameters, where those of an LLMModule have {[len(group) for group in expected]}"
         )
     named: dict[str, Any] = {}
@@ -142,17 +157,17 @@ def _name_states(states: list[Any], module: LLMModule | None, weights: Mapping[s
         for number, name in zip(group["params"], members, strict=True):
             own = state["state"].get(number, {})
             if name not in weights or any(_is_another_shape(value, weights[name]) for value in own.values()):
-                raise _NamesUnknownError(f"the state of parameter {number} does not have the shape of {name}")
+                raise NamesUnknownError(f"the state of parameter {number} does not have the shape of {name}")
             named |= {f"optimizer_0.state.{name}.{key}": value for key, value in own.items()}
             named |= {f"optimizer_0.param_groups.{name}.{key}": value for key, value in settings.items()}
     return named
 
 
-def _is_another_shape(value: Any, weight: Tensor) -> bool:
+def _is_another_shape(value: Any, weight: Tensor | LazyTensor) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0 and value.shape != weight.shape
 
 
-def _check_form(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def check_form(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Refuses what is no array of numbers, and what would be more in a checkpoint than it is in the file."""
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:

@@ -144,7 +144,11 @@ def nothing_there(path: str | Path) -> ConfigurationError:
         return ConfigurationError(
             f"{path} is a file; a checkpoint is a folder. `lightning-llm import` makes one of a Lightning .ckpt file."
         )
-    for marker, kind in ((".metadata", "torch.distributed.checkpoint"), ("model.safetensors", "Hugging Face")):
+    for marker, kind in (
+        (".metadata", "torch.distributed.checkpoint"),
+        ("model.safetensors", "Hugging Face"),
+        ("latest", "DeepSpeed"),
+    ):
         if (place / marker).is_file():
             return ConfigurationError(
                 f"{path} is a folder of {kind}, no checkpoint of lightning_llm. `lightning-llm import` makes one of it."
