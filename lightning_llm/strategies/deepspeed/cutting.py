@@ -117,7 +117,8 @@ def apply_autotp(model: nn.Module, plan: ParallelPlan, group: dist.ProcessGroup)
         if _style_of(name, plan) in ("column", "row") and type(module) is not nn.Linear:
             raise ConfigurationError(
                 f"tensor_parallel_size: {name} is a {type(module).__name__}, which DeepSpeed's AutoTP would replace "
-                'by a plain linear layer. Leave out what converts it (FP8Precision, for example), or use strategy="llm3d".'
+                "by a plain linear layer. Leave out what converts it (FP8Precision, for example), or use "
+                'strategy="llm3d".'
             )
     set_autotp_mode(training=True)
     size = dist.get_world_size(group)
