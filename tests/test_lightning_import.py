@@ -13,9 +13,12 @@ REGISTERED = "from lightning.pytorch.strategies import StrategyRegistry; assert 
     [
         f"import lightning_llm; {REGISTERED}",
         f"import lightning; import lightning_llm; {REGISTERED}",
-        f"import lightning.pytorch as pl; from lightning_llm import LLM3DStrategy; {REGISTERED}",
+        pytest.param(
+            f"import lightning.pytorch as pl; from lightning_llm import LLM3DStrategy; {REGISTERED}",
+            marks=pytest.mark.slow,
+        ),
         f"from lightning_llm import LLM3DStrategy; {REGISTERED}",
-        f"from lightning_llm.models.module import LLMModule; {REGISTERED}",
+        pytest.param(f"from lightning_llm.models.module import LLMModule; {REGISTERED}", marks=pytest.mark.slow),
         "import lightning_llm, lightning as L; L.Trainer(strategy='llm3d_zero2', accelerator='cpu', devices=1)",
     ],
 )

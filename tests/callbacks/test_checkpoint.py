@@ -32,6 +32,8 @@ from tests.object_storage import ObjectStorage
 
 # -- what a user of ModelCheckpoint sees --
 
+slow = pytest.mark.slow
+
 
 def compare(folder: Path, options: dict[str, Any]) -> tuple[dict[str, list[str]], dict[str, Any]]:
     """What Lightning's callback and ours leave behind, each after a run of its own."""
@@ -56,13 +58,13 @@ def compare(folder: Path, options: dict[str, Any]) -> tuple[dict[str, list[str]]
     "options",
     [
         {"every_n_train_steps": 2},
-        {"every_n_train_steps": 3, "save_top_k": -1},
+        pytest.param({"every_n_train_steps": 3, "save_top_k": -1}, marks=slow),
         {"every_n_train_steps": 2, "save_top_k": 2, "monitor": "val_loss", "save_last": True},
-        {"monitor": "val_loss", "save_top_k": 2, "filename": "{step}-{val_loss:.3f}"},
+        pytest.param({"monitor": "val_loss", "save_top_k": 2, "filename": "{step}-{val_loss:.3f}"}, marks=slow),
         {"monitor": "val_loss", "mode": "max", "every_n_train_steps": 2, "save_last": "link"},
-        {"every_n_train_steps": 4, "save_top_k": 0, "save_last": True},
+        pytest.param({"every_n_train_steps": 4, "save_top_k": 0, "save_last": True}, marks=slow),
         {"train_time_interval": timedelta(0), "save_top_k": -1},
-        {"every_n_epochs": 1},
+        pytest.param({"every_n_epochs": 1}, marks=slow),
         {"every_n_train_steps": 4, "save_top_k": 0, "save_last": "link"},
         {"every_n_train_steps": 100, "save_last": "link"},
         {"every_n_train_steps": 2, "save_last": True, "background": False},

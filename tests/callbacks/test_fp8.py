@@ -468,8 +468,8 @@ def train_gathering(world_size: int, sizes: dict[str, Any], float8_all_gather: b
 @pytest.mark.parametrize(
     ("world_size", "sizes"),
     [
-        pytest.param(2, {}, id="dp2", marks=pytest.mark.slow),
-        pytest.param(4, TP2, id="dp2 x tp2"),
+        pytest.param(2, {}, id="dp2"),
+        pytest.param(4, TP2, id="dp2 x tp2", marks=pytest.mark.slow),
         pytest.param(4, PP2, id="pp2 x dp2", marks=pytest.mark.slow),
         pytest.param(4, {"replicate_size": 2, "zero_stage": 2}, id="replicate2 x shard2", marks=pytest.mark.slow),
     ],

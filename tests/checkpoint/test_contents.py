@@ -119,7 +119,7 @@ def averaged(corpus: Path, world_size: int, sizes: dict[str, Any], save: Path | 
 @pytest.mark.parametrize(
     ("world_size", "sizes"),
     [
-        pytest.param(2, {}, id="dp2"),
+        pytest.param(2, {}, id="dp2", marks=pytest.mark.slow),
         pytest.param(2, PP2, id="pp2"),
         pytest.param(4, TP2 | PP2, id="pp2 x tp2", marks=pytest.mark.slow),
     ],

@@ -75,6 +75,7 @@ def test_other_layouts_take_the_state_of_the_same_data_rank(tmp_path: Path) -> N
     assert not any(equal(four[rank], other) for rank in (2, 3) for other in [*saved, four[5 - rank]])
 
 
+@pytest.mark.slow
 def test_fewer_files_than_ranks_saved(tmp_path: Path) -> None:
     """Resharded, and resumed in the layout that was saved: a rank without a file draws as those that it shares with."""
     saved = run_distributed(first_state, 4, 4, TP2, tmp_path / "saved", False)

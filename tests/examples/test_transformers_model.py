@@ -34,7 +34,7 @@ def make(model: str, **config: Any) -> CausalLMModule:
     return CausalLMModule(model, config={**SMALL, **config}, learning_rate=1e-2)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen3", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("world_size", "sizes"), LAYOUTS)
 def test_every_layout_gives_the_same_run(family: str, world_size: int, sizes: dict[str, Any]) -> None:
     assert_same_run(partial(make, family, **(TIED if family == "qwen3" else {})), world_size, sizes)
@@ -47,6 +47,7 @@ def test_every_layout_gives_the_same_run(family: str, world_size: int, sizes: di
             *("llama", {}, 4),
             {"tensor_parallel_size": 2, "sequence_parallel": False, "recompute": "full"},
             id="whole sequences, recomputed",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             *("qwen3", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}, 2),
@@ -114,7 +115,11 @@ def test_the_commands_of_the_readme_run(root: Path) -> None:
             "--trainer.strategy.init_args.tensor_parallel_size 4",
             "tensor_parallel_size(4) does not divide num_key_value_heads(2). Sizes that this model allows: [1, 2].",
         ),
-        ("--model.model gpt2", "only data parallelism needs no plan, and GPT2LMHeadModel has none."),
+        pytest.param(
+            "--model.model gpt2",
+            "only data parallelism needs no plan, and GPT2LMHeadModel has none.",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_size_that_does_not_fit_ends_with_one_sentence(root: Path, data: Path, options: str, message: str) -> None:

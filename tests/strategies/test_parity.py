@@ -114,7 +114,7 @@ LAYOUTS = [
     Layout("cp2 x tp2", 4, {**CP2, **TP2}),
     Layout("pp2 x tp2 whole sequence", 4, {**TP2, **PP2, **WHOLE_SEQUENCE}, "tied"),
     Layout("pp2 x dp2 x tp2", 8, {**by("Interleaved1F1B"), **TP2}, "tied", accumulate=2, core=True),
-    Layout("pp2 x cp2 x tp2", 8, {**by("ZBVZeroBubble"), **CP2, **TP2}, "tied"),
+    Layout("pp2 x cp2 x tp2", 8, {**by("ZBVZeroBubble"), **CP2, **TP2}, "tied", slow=True),
     # Mixtures of experts.
     Layout("dp2", 2, {}, "moe"),
     Layout("dp2 x ep2", 2, {**EP2, "recompute": "full"}, "moe", core=True),
