@@ -92,7 +92,8 @@ def resume_from(world_size: int, settings: dict[str, Any], path: Path, precision
 
 
 @needs_disks
-@pytest.mark.parametrize("parameters", ["nvme", pytest.param("cpu", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("parameters", ["nvme", "cpu"])
 def test_what_lies_on_a_disk_is_saved_and_comes_back(tmp_path: Path, parameters: str) -> None:
     disk = {"offload_optimizer": "nvme", "offload_parameters": parameters, "nvme_path": tmp_path / "disk"}
     plain, path = {"zero_stage": 3}, tmp_path / "step-3"
