@@ -21,6 +21,7 @@ from lightning_llm.checkpoint.deepspeed_folder import read_deepspeed_folder
 from lightning_llm.checkpoint.importing import import_checkpoint
 from lightning_llm.checkpoint.reading import Checkpoint
 from lightning_llm.errors import ConfigurationError
+from lightning_llm.strategies.deepspeed.ops import import_deepspeed, prepare_ops
 from tests.checkpoint.runs import CONFIG, STEPS
 from tests.checkpoint.test_importing import THREE_D, Planted, job
 from tests.commands import call_forked
@@ -50,14 +51,11 @@ class Net(nn.Module):
 # -- in processes that import deepspeed --
 
 
-def deepspeed_on_cpu() -> Any:
-    """The package, without an extension that would have to be compiled for these tests."""
-    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": os.environ["WORLD_SIZE"]}
-    import deepspeed
-    from deepspeed.utils import logger
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logger.setLevel("ERROR")
+def deepspeed_on_cpu(*ops: str) -> Any:
+    """The package, with these of its operators."""
+    os.environ["LOCAL_SIZE"] = os.environ["WORLD_SIZE"]
+    deepspeed = import_deepspeed("cpu")
+    prepare_ops(ops)
     return deepspeed
 
 
@@ -113,7 +111,8 @@ def save_nets(
     folder: Path, engines: list[tuple[int, str]], own_adam: bool = False
 ) -> dict[tuple[int, str], dict[str, Tensor]]:
     """Trains and saves under each of the engines; returns what DeepSpeed has, of ZeRO 0 what the module has."""
-    adam = deepspeed_on_cpu().ops.adam.DeepSpeedCPUAdam if own_adam else torch.optim.AdamW
+    deepspeed = deepspeed_on_cpu(*(["cpu_adam"] if own_adam else []))
+    adam = deepspeed.ops.adam.DeepSpeedCPUAdam if own_adam else torch.optim.AdamW
     found = {}
     for stage, dtype in engines:
         torch.manual_seed(0)
