@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
 from lightning_llm.planner.activations import blocks_of
 from lightning_llm.planner.devices import Device
+from lightning_llm.planner.engines import gradient_bytes
 from lightning_llm.planner.layout import Layout, Workload
-from lightning_llm.planner.memory import Memory, stage_bytes, stages_in, worst_memory
+from lightning_llm.planner.memory import Memory, stages_in, worst_memory
+from lightning_llm.planner.offload import copies, room_of, states_of_rank, step_seconds
 from lightning_llm.planner.shape import Shape, Stage, Unit, sizes_of
+from lightning_llm.planner.states import gathered
 from lightning_llm.planner.timeline import Timeline, simulate, stages_of
 from lightning_llm.planner.traffic import (
     OVERLAP_COST,
@@ -45,6 +49,17 @@ class Cluster:
     per_node: int
     memory: float
 
+    def share(self, memory: float, host: float, disk: float) -> float:
+        """Of what there is, the largest share that is needed; above 1 it does not fit.
+
+        Args:
+            memory: Bytes of a device.
+            host, disk: Bytes of a node's memory and disks.
+        """
+        host_share = host / self.device.host.memory if self.device.host.memory else math.inf
+        disk_share = disk / self.device.host.disk if self.device.host.disk else math.inf
+        return max(memory / self.memory, host_share if host else 0.0, disk_share if disk else 0.0)
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -56,12 +71,13 @@ class Estimate:
         step_seconds: Time of an optimizer step.
         pipeline_seconds: Of that, the schedule: compute and what communication it waits for, idle time included.
         exposed_seconds: Of that, gathers, reductions and sums that nothing hides.
-        optimizer_seconds: Of that, the optimizer's own.
+        optimizer_seconds: Of that, the optimizer's own: on the CPU with its transfers, where it is offloaded.
         bubble: Idle share of the schedule, mean over ranks.
         tokens_per_second: Of all devices together.
         tokens_per_second_per_device: Of one.
         mfu: Share of the devices' dense peak that goes into the model's own arithmetic; the bfloat16 peak also where
             layers run in float8.
+        host_bytes, disk_bytes: Of a node, that offloaded states need; 0 where nothing is offloaded.
     """
 
     memory: Memory
@@ -74,6 +90,8 @@ class Estimate:
     tokens_per_second: float
     tokens_per_second_per_device: float
     mfu: float
+    host_bytes: float = 0.0
+    disk_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -116,7 +134,7 @@ def stage_seconds(
         forward += kind.number * _overlapped(one_way, gather)
         backward += kind.number * _overlapped(back, reduce + (gather if layout.zero_stage == 3 else 0.0))
     if stage.is_last:
-        numbers = tokens * shape.vocab / tensor
+        numbers = tokens * shape.vocab / layout.vocabulary_split
         head = 2 * numbers * shape.hidden / other
         loss = numbers * 4 / bandwidth  # one pass in float32; the loss makes about three each way
         forward += head + 3 * loss
@@ -133,14 +151,16 @@ def estimate(shape: Shape, layout: Layout, workload: Workload, cluster: Cluster)
     for rank in range(layout.pipeline_parallel_size):
         stages = stages_of_rank(shape, layout, rank)
         exposed = max(exposed, sum(_exposed(shape, stage, layout, workload, links) for stage in stages))
-        costs = [stage_bytes(shape, stage, layout, workload) for stage in stages]
-        # The optimizer reads and writes parameters and states, and reads gradients.
-        moved = sum(2 * (cost.parameters + cost.optimizer) + cost.sharded_gradients for cost in costs)
-        optimizer = max(optimizer, moved / (cluster.device.memory_bandwidth * BANDWIDTH_EFFICIENCY))
+        costs = states_of_rank(shape, layout, workload, rank)
+        seconds = sum(cost.step_moves for cost in costs) / (cluster.device.memory_bandwidth * BANDWIDTH_EFFICIENCY)
+        if not seconds:  # it works on the host
+            seconds = step_seconds(costs, layout, workload, cluster.device, cluster.per_node, links)
+        optimizer = max(optimizer, seconds)
     step = timeline.makespan + exposed + optimizer
     tokens = layout.global_batch * workload.seq_len
     dtype = "bfloat16" if workload.compute_bytes == 2 else "float32"
     peak = cluster.device.peak(dtype) * layout.world_size
+    room = room_of(shape, layout, workload, cluster.per_node)
     return Estimate(
         memory=memory,
         memory_rank=memory_rank,
@@ -152,6 +172,8 @@ def estimate(shape: Shape, layout: Layout, workload: Workload, cluster: Cluster)
         tokens_per_second=tokens / step,
         tokens_per_second_per_device=tokens / step / layout.world_size,
         mfu=tokens / step * shape.config.flops_per_token(workload.seq_len) / peak,
+        host_bytes=room.host,
+        disk_bytes=room.disk,
     )
 
 
@@ -222,6 +244,8 @@ def _exposed(shape: Shape, stage: Stage, layout: Layout, workload: Workload, lin
     if layout.pipeline_parallel_size > 1 or layout.zero_stage <= 1:
         return gather + reduce + replicate
     share = 1 / operations
+    if layout.engine == "deepspeed" and layout.zero_stage == 2:  # gathers what the step has updated, all at once
+        return gather + share * (traffic.reductions * reduce + replicate)
     return share * (traffic.reductions * (gather + reduce) + replicate)
 
 
@@ -229,22 +253,22 @@ def _block_parameters(unit: Unit, layout: Layout, workload: Workload, links: dic
     """Time to gather a block's parameters and to reduce its gradients, where each microbatch does so."""
     if layout.pipeline_parallel_size > 1 or layout.zero_stage <= 1:
         return 0.0, 0.0
-    whole = _whole(unit, layout.tensor_parallel_size, layout.expert_parallel_size)
-    # Below stage 3 whole parameters stay over all batches of a step: one gather for all of them.
-    gathered = workload.compute_bytes * whole / (1 if layout.zero_stage == 3 else layout.microbatches)
-    gather = ring(gathered, layout.sharding_size)
-    reduce = ring(workload.parameter_bytes * whole, layout.sharding_size)
-    return links["fsdp"].seconds(gather), links["fsdp"].seconds(reduce)
+    whole = gathered(unit, layout.tensor_parallel_size, layout.expert_parallel_size)
+    # Below stage 3 whole parameters stay over all batches of a step: one gather for all of them, which DeepSpeed does
+    # behind the step before (see `_exposed`).
+    gathers = 1.0 if layout.zero_stage == 3 else 1 / layout.microbatches if layout.engine == "fsdp2" else 0.0
+    gather = gathers * ring(workload.compute_bytes * whole, layout.sharding_size)
+    reduce = ring(gradient_bytes(layout, workload) * whole, layout.sharding_size)
+    copied_in, copied_out = copies(whole / layout.sharding_size, layout, workload).seconds(links)
+    return (
+        max(links["fsdp"].seconds(gather), gathers * copied_in),
+        max(links["fsdp"].seconds(reduce), copied_out),
+    )
 
 
 def _overlapped(compute: float, communication: float) -> float:
     """Seconds of both side by side: the longer one, and what communication takes from compute."""
     return max(compute + OVERLAP_COST * communication, communication)
-
-
-@lru_cache(maxsize=4096)
-def _whole(unit: Unit, tensor: int, expert: int) -> int:
-    return unit.gathered(tensor, expert)
 
 
 @lru_cache(maxsize=4096)
