@@ -78,6 +78,7 @@ def deepspeed_states(stage: Stage, layout: Layout, workload: Workload) -> StateB
         staging=e * (buckets * REDUCE_BUCKET + (largest if zero >= 2 else 0)),
         # Master weights and moments read and written, gradients cast and read, weights written.
         step_moves=0.0 if off_optimizer else (2 * MASTER + 2 * e + 2 * FLOAT32) * kept,
+        saved=(MASTER + e) * kept,
         host=_host(kept, largest, layout, e),
         disk=_disk(kept, layout, e),
     )

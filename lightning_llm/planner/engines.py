@@ -14,11 +14,23 @@ ENGINES = ("fsdp2", "deepspeed")
 TITLES = {"fsdp2": "FSDP2", "deepspeed": "DeepSpeed"}
 PLACES = (None, "cpu", "nvme")
 
-# (optimizer, parameters), from what costs the least time to what frees the most memory.
-OFFLOADS: dict[str, tuple[tuple[str | None, str | None], ...]] = {
-    "fsdp2": ((None, None), (None, "cpu")),
-    "deepspeed": ((None, None), ("cpu", None), ("cpu", "cpu"), ("nvme", "cpu"), ("nvme", "nvme")),
+Places = tuple[str | None, str | None]
+"""Where the optimizer's states are, and where the parameters are."""
+
+# In groups: a later one is for what does not fit with those before; within a group the faster one is taken.
+OFFLOADS: dict[str, tuple[tuple[Places, ...], ...]] = {
+    "fsdp2": (((None, None),), ((None, "cpu"),)),
+    "deepspeed": (((None, None),), (("cpu", None), ("cpu", "cpu")), (("nvme", "cpu"), ("nvme", "nvme"))),
 }
+
+
+def offloads(engine: str, optimizer: str | None, parameters: str | None) -> tuple[tuple[Places, ...], ...]:
+    """Groups of places to try: all that the engine has, or the one that is asked for, or none if it has not."""
+    if optimizer is None and parameters is None:
+        return OFFLOADS[engine]
+    if engine == "fsdp2":
+        return (((None, "cpu"),),) if parameters == "cpu" and optimizer in (None, "cpu") else ()
+    return (((optimizer, parameters),),)
 
 
 def refusal(layout: Layout) -> str | None:

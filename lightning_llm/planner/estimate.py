@@ -10,8 +10,8 @@ from lightning_llm.planner.activations import blocks_of
 from lightning_llm.planner.devices import Device
 from lightning_llm.planner.engines import gradient_bytes
 from lightning_llm.planner.layout import Layout, Workload
-from lightning_llm.planner.memory import Memory, stages_in, worst_memory
-from lightning_llm.planner.offload import copies, room_of, states_of_rank, step_seconds
+from lightning_llm.planner.memory import Memory, stage_bytes, stages_in, worst_memory
+from lightning_llm.planner.offload import CopySeconds, copy_seconds, room_of, states_of_rank, step_seconds
 from lightning_llm.planner.shape import Shape, Stage, Unit, sizes_of
 from lightning_llm.planner.states import gathered
 from lightning_llm.planner.timeline import Timeline, simulate, stages_of
@@ -77,6 +77,7 @@ class Estimate:
         tokens_per_second_per_device: Of one.
         mfu: Share of the devices' dense peak that goes into the model's own arithmetic; the bfloat16 peak also where
             layers run in float8.
+        saved_bytes: That the fullest rank writes into a checkpoint: parameters and optimizer states, wherever they are.
         host_bytes, disk_bytes: Of a node, that offloaded states need; 0 where nothing is offloaded.
     """
 
@@ -90,6 +91,7 @@ class Estimate:
     tokens_per_second: float
     tokens_per_second_per_device: float
     mfu: float
+    saved_bytes: float
     host_bytes: float = 0.0
     disk_bytes: float = 0.0
 
@@ -130,9 +132,10 @@ def stage_seconds(
         one_way = linear + attention_forward + moved + waits
         again = {"none": 0.0, "selective": moved, "full": one_way}[kind.recompute]
         back = 2 * linear + attention_backward + 2 * moved + waits + again
-        gather, reduce = _block_parameters(kind.unit, layout, workload, links)
-        forward += kind.number * _overlapped(one_way, gather)
-        backward += kind.number * _overlapped(back, reduce + (gather if layout.zero_stage == 3 else 0.0))
+        moves = _block_parameters(kind.unit, layout, workload, links)
+        beside = moves.reduce + (moves.gather if layout.zero_stage == 3 else 0.0)
+        forward += kind.number * _overlapped(one_way, moves.gather)
+        backward += kind.number * (_overlapped(back, beside) + moves.waited)
     if stage.is_last:
         numbers = tokens * shape.vocab / layout.vocabulary_split
         head = 2 * numbers * shape.hidden / other
@@ -147,15 +150,16 @@ def estimate(shape: Shape, layout: Layout, workload: Workload, cluster: Cluster)
     memory_rank, memory = worst_memory(shape, layout, workload)
     links = links_of(layout, cluster.device, cluster.per_node)
     timeline = timeline_of(shape, layout, workload, cluster)
-    exposed = optimizer = 0.0
+    exposed = optimizer = saved = 0.0
     for rank in range(layout.pipeline_parallel_size):
         stages = stages_of_rank(shape, layout, rank)
         exposed = max(exposed, sum(_exposed(shape, stage, layout, workload, links) for stage in stages))
         costs = states_of_rank(shape, layout, workload, rank)
         seconds = sum(cost.step_moves for cost in costs) / (cluster.device.memory_bandwidth * BANDWIDTH_EFFICIENCY)
         if not seconds:  # it works on the host
-            seconds = step_seconds(costs, layout, workload, cluster.device, cluster.per_node, links)
+            seconds = step_seconds(costs, layout, workload, links)
         optimizer = max(optimizer, seconds)
+        saved = max(saved, sum(cost.saved for cost in costs))
     step = timeline.makespan + exposed + optimizer
     tokens = layout.global_batch * workload.seq_len
     dtype = "bfloat16" if workload.compute_bytes == 2 else "float32"
@@ -172,6 +176,7 @@ def estimate(shape: Shape, layout: Layout, workload: Workload, cluster: Cluster)
         tokens_per_second=tokens / step,
         tokens_per_second_per_device=tokens / step / layout.world_size,
         mfu=tokens / step * shape.config.flops_per_token(workload.seq_len) / peak,
+        saved_bytes=saved,
         host_bytes=room.host,
         disk_bytes=room.disk,
     )
@@ -241,6 +246,10 @@ def _exposed(shape: Shape, stage: Stage, layout: Layout, workload: Workload, lin
     replicate = links["replicate"].seconds(traffic.replicate, operations)
     gather = links["fsdp"].seconds(traffic.gather, operations)
     reduce = links["fsdp"].seconds(traffic.reduce, operations)
+    if layout.offloads:
+        elements = stage_bytes(shape, stage, layout, workload).stored
+        copied = copy_seconds(elements, layout, workload, links)
+        gather, reduce = max(gather, copied.gather), max(reduce, copied.reduce)
     if layout.pipeline_parallel_size > 1 or layout.zero_stage <= 1:
         return gather + reduce + replicate
     share = 1 / operations
@@ -249,20 +258,21 @@ def _exposed(shape: Shape, stage: Stage, layout: Layout, workload: Workload, lin
     return share * (traffic.reductions * (gather + reduce) + replicate)
 
 
-def _block_parameters(unit: Unit, layout: Layout, workload: Workload, links: dict[str, Link]) -> tuple[float, float]:
+def _block_parameters(unit: Unit, layout: Layout, workload: Workload, links: dict[str, Link]) -> CopySeconds:
     """Time to gather a block's parameters and to reduce its gradients, where each microbatch does so."""
     if layout.pipeline_parallel_size > 1 or layout.zero_stage <= 1:
-        return 0.0, 0.0
+        return CopySeconds()
     whole = gathered(unit, layout.tensor_parallel_size, layout.expert_parallel_size)
     # Below stage 3 whole parameters stay over all batches of a step: one gather for all of them, which DeepSpeed does
     # behind the step before (see `_exposed`).
     gathers = 1.0 if layout.zero_stage == 3 else 1 / layout.microbatches if layout.engine == "fsdp2" else 0.0
-    gather = gathers * ring(workload.compute_bytes * whole, layout.sharding_size)
+    gather = ring(workload.compute_bytes * whole, layout.sharding_size)
     reduce = ring(gradient_bytes(layout, workload) * whole, layout.sharding_size)
-    copied_in, copied_out = copies(whole / layout.sharding_size, layout, workload).seconds(links)
-    return (
-        max(links["fsdp"].seconds(gather), gathers * copied_in),
-        max(links["fsdp"].seconds(reduce), copied_out),
+    copied = copy_seconds(whole / layout.sharding_size, layout, workload, links)
+    return CopySeconds(
+        gathers * max(links["fsdp"].seconds(gather), copied.gather),
+        max(links["fsdp"].seconds(reduce), copied.reduce),
+        copied.waited,
     )
 
 

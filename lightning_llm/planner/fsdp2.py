@@ -24,7 +24,7 @@ def fsdp2_states(stage: Stage, layout: Layout, workload: Workload) -> StateBytes
     copies stay, and gradients are summed whole, in the reduction's dtype, until a stage's last microbatch.
 
     Offloaded (`CPUOffloadPolicy`), shards of parameters, gradients and optimizer states are in pinned host memory, and
-    the optimizer works there; what is gathered is on the device as before.
+    the optimizer works there. A unit's shard comes to the device in the stored dtype, on one rank too.
     """
     tensor, expert = layout.tensor_parallel_size, layout.expert_parallel_size
     sharded, offloads = layout.zero_stage > 0, layout.offloads
@@ -36,7 +36,8 @@ def fsdp2_states(stage: Stage, layout: Layout, workload: Workload) -> StateBytes
     kept = sum(count * stored(unit, tensor, shards, expert, expert_shards) for count, unit in units)
     e, p = workload.compute_bytes, workload.parameter_bytes
     communicates = sharded and (shards > 1 or expert_shards > 1)
-    has_copies = communicates or e != p or offloads
+    moves = communicates or offloads
+    has_copies = moves or e != p
     pipelined = layout.pipeline_parallel_size > 1
 
     states = 2 * kept
@@ -44,18 +45,20 @@ def fsdp2_states(stage: Stage, layout: Layout, workload: Workload) -> StateBytes
         states -= sum(k.number * matrices(k.unit, tensor, shards, expert, expert_shards) for k in kinds)
 
     # Stage 1 reduces once, after the last batch: at once, if there is only one.
-    reduces_at_once = communicates and (layout.zero_stage >= 2 or (layout.microbatches == 1 and not pipelined))
+    reduces_at_once = moves and (layout.zero_stage >= 2 or (layout.microbatches == 1 and not pipelined))
     reduced = p * (kept if reduces_at_once else whole)
     largest = max(gathered(unit, tensor, expert) for _, unit in units)
     at_once = whole
-    if layout.zero_stage == 3 and communicates and not pipelined:
+    if layout.zero_stage == 3 and moves and not pipelined:
         block = max((gathered(kind.unit, tensor, expert) for kind in kinds), default=0)
         # The root's unit, the block at work and the one that is gathered ahead.
         at_once = gathered(stage.root, tensor, expert) + min(2, len(stage.layers)) * block
     # A gather is copied out of a flat buffer; a reduction takes the unit's gradient in the computation's dtype and a
     # flat copy of it in the reduction's dtype.
-    staging = largest * max(e, (0 if pipelined else e) + p) if communicates else 0
-    if communicates and not pipelined and stage.is_last:
+    staging = largest * max(e, (0 if pipelined else e) + p) if moves else 0
+    if offloads:
+        staging += p * max(stored(unit, tensor, shards, expert, expert_shards) for _, unit in units)
+    if moves and not pipelined and stage.is_last:
         staging += e * gathered(stage.root, tensor, expert)  # the root's gradients wait for the end of the backward
     offloaded = offloads and reduces_at_once
     return StateBytes(
@@ -70,5 +73,6 @@ def fsdp2_states(stage: Stage, layout: Layout, workload: Workload) -> StateBytes
         step_gradients=0.0 if offloads else reduced,
         staging=staging,
         step_moves=0.0 if offloads else 2 * p * (kept + states) + reduced,
+        saved=p * (kept + states),
         host=p * (2 * kept + states) if offloads else 0.0,  # parameters, gradients, states
     )

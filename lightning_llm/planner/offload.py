@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from lightning_llm.planner.devices import Device
 from lightning_llm.planner.layout import Layout, Workload
 from lightning_llm.planner.memory import GIB, StageBytes, stage_bytes, stages_in
 from lightning_llm.planner.shape import Shape
@@ -18,9 +17,6 @@ from lightning_llm.planner.traffic import Link
 
 # What a process has in host memory besides: interpreter, libraries, the driver's side, data. An allowance.
 PROCESS_BYTES = 4 * GIB
-# Share of the host's memory bandwidth that Adam on the CPU reaches: 10 billion parameters take CPU-Adam 2.57 s on a DGX-2
-# (ZeRO-Offload, table 4), whose 12 channels of DDR4-2666 have 256 GB/s.
-HOST_EFFICIENCY = 0.43
 ADAM_MOVES = 28  # bytes of a parameter: weights, moments and gradient read, weights and moments written, in float32
 MOMENTS_AND_WEIGHTS, GRADIENT = 12, 4  # bytes of a parameter that NVMe has, in float32
 
@@ -57,16 +53,14 @@ def states_of_rank(shape: Shape, layout: Layout, workload: Workload, rank: int) 
     return [stage_bytes(shape, every[index], layout, workload) for index in ids]
 
 
-def step_seconds(
-    costs: Iterable[StateBytes], layout: Layout, workload: Workload, device: Device, per_node: int, links: dict[str, Link]
-) -> float:
+def step_seconds(costs: Iterable[StateBytes], layout: Layout, workload: Workload, links: dict[str, Link]) -> float:
     """The optimizer's step on the host, and what is moved for it when forwards and backwards are over.
 
-    All ranks of a node share its memory bandwidth and its disks. NVMe's reads and writes stand before and behind the
-    CPU's work: DeepSpeed overlaps them only where `pipeline_read` and `pipeline_write` are set.
+    NVMe's reads and writes stand before and behind the CPU's work: DeepSpeed overlaps them only where `pipeline_read`
+    and `pipeline_write` are set.
     """
     elements = sum(cost.stored for cost in costs)
-    seconds = per_node * elements * ADAM_MOVES / (device.host.memory_bandwidth * HOST_EFFICIENCY)
+    seconds = links["host_memory"].seconds(ADAM_MOVES * elements)
     if layout.offload_optimizer == "nvme":
         moved = (MOMENTS_AND_WEIGHTS + GRADIENT) * elements  # read; moments and weights are written, gradients were
         seconds += links["disk_read"].seconds(moved) + links["disk_write"].seconds(moved)
@@ -78,27 +72,36 @@ def step_seconds(
     return seconds
 
 
-class Copies(NamedTuple):
-    """Bytes that one rank copies for one gather and for one reduction of so many of its elements."""
+class CopySeconds(NamedTuple):
+    """Time of what one rank copies for some of its elements.
 
-    host_gather: float = 0.0
-    host_reduce: float = 0.0
-    disk_gather: float = 0.0
+    Attributes:
+        gather: Before they are gathered, beside other work.
+        reduce: When their gradients are reduced, beside other work.
+        waited: Of their gradients, what nothing runs beside.
+    """
 
-    def seconds(self, links: dict[str, Link]) -> tuple[float, float]:
-        """Time of a gather's copies and of a reduction's, each beside the other links."""
-        gather = max(links["host"].seconds(self.host_gather), links["disk_read"].seconds(self.disk_gather))
-        return gather, links["host"].seconds(self.host_reduce)
+    gather: float = 0.0
+    reduce: float = 0.0
+    waited: float = 0.0
 
 
-def copies(elements: float, layout: Layout, workload: Workload) -> Copies:
-    """See `Copies`. DeepSpeed moves weights and gradients in the computation's dtype, FSDP2 in the stored one."""
+def copy_seconds(elements: float, layout: Layout, workload: Workload, links: dict[str, Link]) -> CopySeconds:
+    """See `CopySeconds`.
+
+    DeepSpeed moves weights and gradients in the computation's dtype, and adds up gradients of several batches on the
+    device. FSDP2 moves them in the stored dtype, and adds up on the CPU, for which the backward waits.
+    """
     if not layout.offloads:
-        return Copies()
-    moved = elements * (workload.parameter_bytes if layout.engine == "fsdp2" else workload.compute_bytes)
-    offloaded = layout.offload_parameters is not None
-    return Copies(
-        host_gather=moved if offloaded else 0.0,
-        host_reduce=moved if layout.offload_optimizer or layout.engine == "fsdp2" else 0.0,
-        disk_gather=moved if layout.offload_parameters == "nvme" else 0.0,
-    )
+        return CopySeconds()
+    if layout.engine == "fsdp2":
+        copied = links["host"].seconds(workload.parameter_bytes * elements)
+        if layout.microbatches == 1 or layout.pipeline_parallel_size > 1:
+            return CopySeconds(copied, copied)
+        added = links["host_memory"].seconds(3 * workload.parameter_bytes * elements)  # two read, one written
+        return CopySeconds(copied, 0.0, copied + added)
+    moved = workload.compute_bytes * elements
+    gather = links["host"].seconds(moved) if layout.offload_parameters else 0.0
+    if layout.offload_parameters == "nvme":
+        gather = max(gather, links["disk_read"].seconds(moved))
+    return CopySeconds(gather, links["host"].seconds(moved) if layout.offload_optimizer else 0.0)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.models.config import DecoderConfig
+from lightning_llm.planner.candidates import Options
 from lightning_llm.planner.devices import device
 from lightning_llm.planner.estimate import Cluster
 from lightning_llm.planner.layout import Layout, Recompute, Workload
 from lightning_llm.planner.plan import default_global_batch
-from lightning_llm.planner.search import Options, search
+from lightning_llm.planner.search import search
 from lightning_llm.planner.shape import Shape
 
 

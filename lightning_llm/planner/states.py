@@ -25,6 +25,7 @@ class StateBytes:
         step_gradients: While the optimizer works.
         staging: Buffers of gathers and reductions.
         step_moves: What the optimizer reads and writes on the device; 0 where it works on the host.
+        saved: Of parameters and optimizer states, what a checkpoint takes from this rank.
         host, disk: What is offloaded, and the buffers it passes through.
     """
 
@@ -39,6 +40,7 @@ class StateBytes:
     step_gradients: float
     staging: float
     step_moves: float
+    saved: float
     host: float = 0.0
     disk: float = 0.0
 

@@ -24,6 +24,9 @@ OVERLAP_COST = 0.2
 # Of a drive's peak, what DeepSpeed's asynchronous reads and writes reach: 3.69 of 5.6 GB/s and 3.18 of 4.3 GB/s
 # (DeepNVMe tutorial, https://www.deepspeed.ai/tutorials/deepnvme).
 DISK_EFFICIENCY = 0.7
+# Of the host's memory bandwidth, what Adam on the CPU reaches: 10 billion parameters of 28 bytes take CPU-Adam 2.57 s
+# on a DGX-2 (ZeRO-Offload, https://arxiv.org/abs/2101.06840, table 4), whose 12 channels of DDR4-2666 have 256 GB/s.
+HOST_EFFICIENCY = 0.43
 AXES = ("tp", "cp", "ep", "fsdp", "replicate", "pp")
 
 
@@ -91,8 +94,9 @@ def link_of(device: Device, per_node: int, stride: int, size: int) -> Link:
 
 
 def links_of(layout: Layout, device: Device, per_node: int) -> dict[str, Link]:
-    """The link of every axis; ranks are arranged as in `ParallelDims`. Besides, a device's share of the ways to host
-    memory ("host") and to the node's disks ("disk_read", "disk_write"), which offloading uses."""
+    """The link of every axis; ranks are arranged as in `ParallelDims`. Besides what offloading uses: a device's way to
+    the host ("host"), its share of the node's memory bandwidth ("host_memory") and disks ("disk_read", "disk_write").
+    """
     tensor, context, shard = layout.tensor_parallel_size, layout.context_parallel_size, layout.shard_size
     inner, expert = tensor * context * shard, layout.expert_parallel_size
     neighbour = link_of(device, per_node, inner * layout.replicate_size, layout.pipeline_parallel_size)
@@ -105,6 +109,7 @@ def links_of(layout: Layout, device: Device, per_node: int) -> dict[str, Link]:
         "replicate": link_of(device, per_node, inner, layout.replicate_size),
         "pp": neighbour._replace(latency=hop),
         "host": Link("host", device.host_link * LINK_EFFICIENCY, NODE_HOP),
+        "host_memory": Link("host", device.host.memory_bandwidth * HOST_EFFICIENCY / per_node, 0.0),
         "disk_read": Link("disk", device.host.disk_read * DISK_EFFICIENCY / per_node, 0.0),
         "disk_write": Link("disk", device.host.disk_write * DISK_EFFICIENCY / per_node, 0.0),
     }
