@@ -8,9 +8,8 @@ from lightning_llm.errors import ConfigurationError
 from lightning_llm.planner.candidates import Options
 from lightning_llm.planner.engines import ENGINES, TITLES, offloads, workload_refusal
 from lightning_llm.planner.estimate import Cluster, Estimate
-from lightning_llm.planner.hosts import GB
+from lightning_llm.planner.hosts import GB, GIB
 from lightning_llm.planner.layout import Layout, Workload
-from lightning_llm.planner.memory import GIB
 from lightning_llm.planner.refusals import DoesNotFitError
 from lightning_llm.planner.search import TOLERANCE, Found, search, settle, weigh
 from lightning_llm.planner.shape import Shape
@@ -61,6 +60,10 @@ class _Case:
     workload: Workload
     global_batch: int
     options: Options
+
+    def search(self, options: Options) -> Found:
+        """`search` for this case; offloading is not advised, since it is tried."""
+        return search(self.shape, self.cluster, self.workload, self.global_batch, options, may_offload=False)
 
 
 def choose(
@@ -125,7 +128,7 @@ def _best(case: _Case, engine: str) -> _Answer:
         for optimizer, parameters in group:
             tried = replace(options, engine=engine, offload_optimizer=optimizer, offload_parameters=parameters)
             try:
-                fitting.append(search(case.shape, case.cluster, case.workload, case.global_batch, tried))
+                fitting.append(case.search(tried))
             except DoesNotFitError as miss:
                 misses.append(miss)
             except ConfigurationError as invalid:  # these sizes do not go with this offloading
@@ -251,7 +254,8 @@ def _offload_reasons(found: Found) -> tuple[str, ...]:
         return ()
     result = found.estimate
     share = result.optimizer_seconds / result.step_seconds
-    return (f"The optimizer's step on the CPU takes {result.optimizer_seconds:.2f} s, {share:.0%} of a step.",)
+    what = "with NVMe's reads and writes " if found.layout.offload_optimizer == "nvme" else ""
+    return (f"The optimizer's step on the CPU {what}takes {result.optimizer_seconds:.2f} s, {share:.0%} of a step.",)
 
 
 def _why_nothing(answer: _Answer) -> str:
@@ -263,13 +267,12 @@ def _why_nothing(answer: _Answer) -> str:
 
 
 def _nowhere(answers: list[_Answer]) -> str:
-    """What is said when no engine has a layout: the first engine's closest miss, and what the others lack."""
-    first = answers[0]
-    if not first.misses and len(answers) > 1 and answers[1].misses:
-        answers = answers[::-1]
-        first = answers[0]
-    if not first.misses:
-        return first.refused
-    tried = [f"{miss.closest.describe_zero()} {miss.lacks}" for miss in first.misses[1:]]
-    tried += [_why_nothing(answer).rstrip(".") for answer in answers[1:]]
-    return str(first.misses[0]) + (f" Also tried: {'; '.join(tried)}." if tried else "")
+    """What is said when no engine has a layout: the closest miss of all, and what the others lack."""
+    misses = [miss for answer in answers for miss in answer.misses]
+    refused = [answer.refused for answer in answers if answer.refused and not answer.misses]
+    if not misses:
+        return refused[0]
+    closest = min(misses, key=lambda miss: miss.ratio)
+    tried = [f"{miss.closest.describe_zero()} {miss.lacks}" for miss in misses if miss is not closest]
+    also = f" Also tried: {'; '.join(tried)}." if tried else ""
+    return " ".join([f"{closest}{also}", *refused])

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.planner import hosts
-from lightning_llm.planner.hosts import Host
+from lightning_llm.planner.hosts import GB, Host
 
-GB = 10**9  # data sheets count in powers of ten
 TFLOPS = 10**12
 
 

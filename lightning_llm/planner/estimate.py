@@ -11,7 +11,14 @@ from lightning_llm.planner.devices import Device
 from lightning_llm.planner.engines import gradient_bytes
 from lightning_llm.planner.layout import Layout, Workload
 from lightning_llm.planner.memory import Memory, stage_bytes, stages_in, worst_memory
-from lightning_llm.planner.offload import CopySeconds, copy_seconds, room_of, states_of_rank, step_seconds
+from lightning_llm.planner.offload import (
+    CopySeconds,
+    copy_seconds,
+    offload_traffic,
+    room_of,
+    states_of_rank,
+    step_seconds,
+)
 from lightning_llm.planner.shape import Shape, Stage, Unit, sizes_of
 from lightning_llm.planner.states import gathered
 from lightning_llm.planner.timeline import Timeline, simulate, stages_of
@@ -225,12 +232,12 @@ def timeline_of(shape: Shape, layout: Layout, workload: Workload, cluster: Clust
 
 
 def traffic(shape: Shape, layout: Layout, workload: Workload, cluster: Cluster) -> dict[str, AxisTraffic]:
-    """By axis, of the pipeline rank that sends the most."""
+    """By axis, of the pipeline rank that sends the most; "host" and "disk" stand beside the axes where used."""
     links = links_of(layout, cluster.device, cluster.per_node)
-    ranks = [
-        traffic_of_rank(shape, stages_of_rank(shape, layout, rank), layout, workload, links)
-        for rank in range(layout.pipeline_parallel_size)
-    ]
+    ranks = []
+    for rank in range(layout.pipeline_parallel_size):
+        given = (shape, stages_of_rank(shape, layout, rank), layout, workload, links)
+        ranks.append(traffic_of_rank(*given) | offload_traffic(*given))
     return max(ranks, key=lambda axes: sum(axis.seconds for axis in axes.values()))
 
 

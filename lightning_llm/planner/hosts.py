@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 GIB = 1024**3
-GB = 10**9
+GB = 10**9  # data sheets count in powers of ten
 
 # Enterprise drives of 3.84 TB on PCIe 4.0 (for example Samsung PM9A3): 6.8 GB/s read, 4.0 GB/s written, at best.
 DRIVE, DRIVE_READ, DRIVE_WRITE = 3840, 6.8, 4.0

@@ -13,12 +13,11 @@ from typing import NamedTuple
 from lightning_llm.planner.activations import LogitsBytes, block_bytes, blocks_of, logits_bytes
 from lightning_llm.planner.deepspeed import deepspeed_states
 from lightning_llm.planner.fsdp2 import fsdp2_states
+from lightning_llm.planner.hosts import GIB
 from lightning_llm.planner.layout import Layout, Workload
 from lightning_llm.planner.shape import Shape, Stage, balanced_layers, cut_stages
 from lightning_llm.planner.states import StateBytes
 from lightning_llm.planner.timeline import Moment, moments, stages_of
-
-GIB = 1024**3
 
 # Two allowances that no formula gives. The first is what the caching allocator holds beyond what tensors need, as a
 # share of all that comes and goes: published figures of torchtitan for the same number of tokens a microbatch differ by

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from lightning_llm.planner.hosts import GIB
 from lightning_llm.planner.layout import Layout, Workload
-from lightning_llm.planner.memory import GIB, StageBytes, stage_bytes, stages_in
-from lightning_llm.planner.shape import Shape
+from lightning_llm.planner.memory import StageBytes, stage_bytes, stages_in
+from lightning_llm.planner.shape import Shape, Stage
 from lightning_llm.planner.states import StateBytes
 from lightning_llm.planner.timeline import stages_of
-from lightning_llm.planner.traffic import Link
+from lightning_llm.planner.traffic import AxisTraffic, Link, parameter_traffic
 
 # What a process has in host memory besides: interpreter, libraries, the driver's side, data. An allowance.
 PROCESS_BYTES = 4 * GIB
@@ -105,3 +106,30 @@ def copy_seconds(elements: float, layout: Layout, workload: Workload, links: dic
     if layout.offload_parameters == "nvme":
         gather = max(gather, links["disk_read"].seconds(moved))
     return CopySeconds(gather, links["host"].seconds(moved) if layout.offload_optimizer else 0.0)
+
+
+def offload_traffic(
+    shape: Shape, stages: Iterable[Stage], layout: Layout, workload: Workload, links: dict[str, Link]
+) -> dict[str, AxisTraffic]:
+    """What a rank with these stages copies per step to and from the host, and reads and writes on its disks."""
+    host = disk = 0.0
+    for stage in stages:
+        elements = stage_bytes(shape, stage, layout, workload).stored
+        times = parameter_traffic(shape, stage, layout, workload)
+        if layout.engine == "fsdp2":
+            host += layout.offloads * workload.parameter_bytes * elements * (times.gathers + times.reductions)
+            continue
+        moved = workload.compute_bytes * elements
+        if layout.offload_optimizer:
+            host += moved * (2 * times.reductions - 1)  # to the host, and back to be added to
+        host += moved * (times.gathers if layout.offload_parameters else bool(layout.offload_optimizer))
+        if layout.offload_optimizer == "nvme":
+            disk += 2 * (MOMENTS_AND_WEIGHTS + GRADIENT) * elements
+        if layout.offload_parameters == "nvme":
+            disk += moved * (times.gathers + 1)
+    rows = {}
+    if host:
+        rows["host"] = AxisTraffic(host, 0, *links["host"], "parameters and gradients from and to host memory")
+    if disk:
+        rows["disk"] = AxisTraffic(disk, 0, *links["disk_read"], "states read and written on NVMe")
+    return rows

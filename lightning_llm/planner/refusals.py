@@ -8,9 +8,9 @@ from dataclasses import replace
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.planner.candidates import Options, tensor_divides
 from lightning_llm.planner.estimate import Cluster
-from lightning_llm.planner.hosts import GB
+from lightning_llm.planner.hosts import GB, GIB
 from lightning_llm.planner.layout import Layout, Workload
-from lightning_llm.planner.memory import GIB, Memory, worst_memory
+from lightning_llm.planner.memory import Memory, worst_memory
 from lightning_llm.planner.offload import Room, room_of
 from lightning_llm.planner.shape import Shape
 
@@ -53,39 +53,46 @@ class DoesNotFitError(ConfigurationError):
 
     Attributes:
         closest: The layout that needs the smallest share more than there is.
-        lacks: What that one lacks: `needs 1.8x the memory of a device`.
+        ratio: That share.
+        lacks: What it lacks: `needs 1.8x the memory`.
     """
 
-    def __init__(self, shape: Shape, cluster: Cluster, workload: Workload, closest: Layout) -> None:
-        self.closest = closest
+    def __init__(
+        self, shape: Shape, cluster: Cluster, workload: Workload, closest: Layout, *, may_offload: bool = True
+    ) -> None:
         _, memory = worst_memory(shape, closest, workload)
         room = room_of(shape, closest, workload, cluster.per_node)
-        self.lacks = _lacks(memory, room, cluster)
         parts = sorted(memory.parts().items(), key=lambda part: -part[1])[:3]
         largest = ", ".join(f"{name.replace('_', ' ')} {size / GIB:.1f}" for name, size in parts)
+        self.closest = closest
+        self.ratio = cluster.share(memory.total, *room)
+        self.lacks = _lacks(memory, room, cluster)
+        advice = _advice(shape, cluster, workload, closest, memory, may_offload)
         super().__init__(
             f"{shape.num_parameters / 1e9:.1f}B parameters do not fit on {cluster.count} x {cluster.device.name} with "
             f"{cluster.memory / GIB:.0f} GiB: the closest layout ({closest.describe()}) {self.lacks}, "
-            f"{memory.total / GIB:.1f} GiB a device ({largest} GiB). "
-            f"What helps: {'; '.join(_advice(shape, cluster, workload, closest, memory))}."
+            f"{memory.total / GIB:.1f} GiB a device ({largest} GiB). What helps: {'; '.join(advice)}."
         )
 
 
 def _lacks(memory: Memory, room: Room, cluster: Cluster) -> str:
-    """What there is too little of, for the closest miss."""
-    if memory.total > cluster.memory:
+    """What there is the least of, for the closest miss."""
+    host, share = cluster.device.host, cluster.share(memory.total, *room)
+    if memory.total >= share * cluster.memory:
         return f"needs {memory.total / cluster.memory:.1f}x the memory"
-    host = cluster.device.host
-    if room.host > host.memory:
+    if room.host >= share * host.memory:
         return f"needs {room.host / GB:,.0f} GB of host memory a node, of {host.memory / GB:,.0f}"
     return f"needs {room.disk / GB:,.0f} GB of NVMe a node, of {host.disk / GB:,.0f}"
 
 
-def _advice(shape: Shape, cluster: Cluster, workload: Workload, closest: Layout, memory: Memory) -> list[str]:
+def _advice(
+    shape: Shape, cluster: Cluster, workload: Workload, closest: Layout, memory: Memory, may_offload: bool
+) -> list[str]:
+    """What would help, nearest first."""
     advice = []
     if more := _more_devices(shape, cluster, workload, closest):
         advice.append(more)
-    if not closest.offloads and memory.parameters + memory.optimizer > cluster.memory / 3:
+    if may_offload and not closest.offloads and memory.parameters + memory.optimizer > cluster.memory / 3:
         advice.append("optimizer states offloaded to the host")
     if workload.precision == "bf16-mixed" and closest.engine == "fsdp2":
         advice.append("precision bf16-true")

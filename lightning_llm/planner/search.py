@@ -102,12 +102,12 @@ class Weighed:
 
     Attributes:
         fitting: Time of a step by `quick_step_seconds`, and the layout.
-        closest: Share of what there is that the smallest layout needs, and that layout.
+        closest: The layout that needs the smallest share of what there is.
         considered: How many layouts were looked at.
     """
 
     fitting: list[tuple[float, Layout]]
-    closest: tuple[float, Layout]
+    closest: Layout
     considered: int
 
 
@@ -119,25 +119,35 @@ def weigh(shape: Shape, cluster: Cluster, workload: Workload, global_batch: int,
     """
     count = Count()
     fitting: list[tuple[float, Layout]] = []
-    closest: tuple[float, Layout] | None = None
+    closest: tuple[float, float, Layout] | None = None
     for layout in candidates(shape, cluster, workload, global_batch, options, count):
         last = layout.pipeline_parallel_size - 1
         ranks = sorted({0, min(1, last), last})
         _, memory = worst_memory(shape, layout, workload, ranks)
         ratio = cluster.share(memory.total, *room_of(shape, layout, workload, cluster.per_node, ranks))
-        if closest is None or ratio < closest[0]:
-            closest = (ratio, layout)
+        if closest is None or (ratio, memory.total) < closest[:2]:
+            closest = (ratio, memory.total, layout)
         if ratio <= 1:
             fitting.append((quick_step_seconds(shape, layout, workload, cluster), layout))
     if closest is None:
         raise ConfigurationError(nothing_valid(shape, cluster, workload, global_batch, options))
-    return Weighed(fitting, closest, count.considered)
+    return Weighed(fitting, closest[2], count.considered)
 
 
 def search(
-    shape: Shape, cluster: Cluster, workload: Workload, global_batch: int, options: Options | None = None
+    shape: Shape,
+    cluster: Cluster,
+    workload: Workload,
+    global_batch: int,
+    options: Options | None = None,
+    *,
+    may_offload: bool = True,
 ) -> Found:
     """The layout to take.
+
+    Args:
+        options: What to choose from.
+        may_offload: Whether to advise offloading where nothing fits: not if that is tried anyhow.
 
     Raises:
         DoesNotFitError: There are valid layouts, but none fits; says which is nearest and what would help.
@@ -146,11 +156,15 @@ def search(
     options = options or Options()
     if why := workload_refusal(options.engine, workload):
         raise ConfigurationError(why)
-    return settle(shape, cluster, workload, weigh(shape, cluster, workload, global_batch, options))
+    weighed = weigh(shape, cluster, workload, global_batch, options)
+    return settle(shape, cluster, workload, weighed, may_offload=may_offload)
 
 
-def settle(shape: Shape, cluster: Cluster, workload: Workload, weighed: Weighed) -> Found:
+def settle(shape: Shape, cluster: Cluster, workload: Workload, weighed: Weighed, *, may_offload: bool = True) -> Found:
     """The layout to take of those that were weighed.
+
+    Args:
+        may_offload: Whether to advise it where nothing fits.
 
     Raises:
         DoesNotFitError: None fits.
@@ -158,7 +172,7 @@ def settle(shape: Shape, cluster: Cluster, workload: Workload, weighed: Weighed)
     row = matrix_row(shape.num_parameters)
     exact = _exact(shape, cluster, workload, weighed.fitting, row)
     if not exact:
-        raise DoesNotFitError(shape, cluster, workload, weighed.closest[1])
+        raise DoesNotFitError(shape, cluster, workload, weighed.closest, may_offload=may_offload)
     in_row = [pair for pair in exact if matrix_distance(row, shape, pair[0]) == 0]
     best_in_row = min(in_row, key=_step, default=None)
     fastest = min(exact, key=_step)

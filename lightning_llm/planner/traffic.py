@@ -37,7 +37,7 @@ class AxisTraffic:
     Attributes:
         sends: Bytes that the busiest device sends per step.
         operations: How many operations that is.
-        link: "node" or "network".
+        link: "node", "network", "host" or "disk".
         bandwidth: Bytes per second and direction that a device has on this axis.
         latency: Seconds that an operation costs besides.
         note: What travels.

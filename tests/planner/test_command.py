@@ -11,7 +11,7 @@ import pytest
 
 from lightning_llm.cli import main
 from lightning_llm.planner import Plan
-from lightning_llm.planner.memory import GIB
+from lightning_llm.planner.hosts import GIB
 from tests.commands import call_forked
 
 call = partial(call_forked, "plan")
