@@ -29,21 +29,13 @@ class Room(NamedTuple):
     disk: float
 
 
-def room_of(
-    shape: Shape, layout: Layout, workload: Workload, per_node: int, ranks: Iterable[int] | None = None
-) -> Room:
-    """What offloaded states need of a node whose ranks are all like the fullest.
-
-    Args:
-        ranks: Look at these pipeline ranks alone.
-    """
+def room_of(shape: Shape, layout: Layout, workload: Workload, per_node: int) -> Room:
+    """What offloaded states need of a node whose ranks are all like the fullest."""
     if not layout.offloads:
         return Room(0.0, 0.0)
-    host = disk = 0.0
-    for rank in range(layout.pipeline_parallel_size) if ranks is None else ranks:
-        costs = states_of_rank(shape, layout, workload, rank)
-        host = max(host, sum(cost.host for cost in costs))
-        disk = max(disk, sum(cost.disk for cost in costs))
+    ranks = [states_of_rank(shape, layout, workload, rank) for rank in range(layout.pipeline_parallel_size)]
+    host = max(sum(cost.host for cost in costs) for costs in ranks)
+    disk = max(sum(cost.disk for cost in costs) for costs in ranks)
     return Room(per_node * (host + PROCESS_BYTES), per_node * disk)
 
 

@@ -122,9 +122,8 @@ def weigh(shape: Shape, cluster: Cluster, workload: Workload, global_batch: int,
     closest: tuple[float, float, Layout] | None = None
     for layout in candidates(shape, cluster, workload, global_batch, options, count):
         last = layout.pipeline_parallel_size - 1
-        ranks = sorted({0, min(1, last), last})
-        _, memory = worst_memory(shape, layout, workload, ranks)
-        ratio = cluster.share(memory.total, *room_of(shape, layout, workload, cluster.per_node, ranks))
+        _, memory = worst_memory(shape, layout, workload, sorted({0, min(1, last), last}))
+        ratio = cluster.share(memory.total, *room_of(shape, layout, workload, cluster.per_node))
         if closest is None or (ratio, memory.total) < closest[:2]:
             closest = (ratio, memory.total, layout)
         if ratio <= 1:

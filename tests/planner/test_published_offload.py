@@ -81,7 +81,11 @@ LARGEST = {
     "ZeRO-Offload on 1": (deepspeed(1, 2, offload_optimizer="cpu"), (13, 65, 4096), (15, 78, 4096)),
     "ZeRO-Offload on 16": (deepspeed(16, 2, offload_optimizer="cpu"), (13, 65, 4096), (15, 78, 4096)),
     "ZeRO-3 on 16": (deepspeed(16, 3), (20, 25, 8192), (40, 50, 8192)),  # ZeRO-Infinity, figure 6a, as the next two
-    "ZeRO-3 Offload on 1": (deepspeed(1, 3, **CPU), (40, 50, 8192), (100, 125, 8192)),  # DeepSpeed, 8 March 2021
+    "ZeRO-3 Offload on 1": (
+        deepspeed(1, 3, **CPU),
+        (40, 50, 8192),
+        (100, 125, 8192),
+    ),  # deepspeed.ai, ZeRO-3 Offload, 2021
     "ZeRO-Infinity on CPUs": (deepspeed(16, 3, **CPU), (70, 69, 9216), (100, 125, 8192)),
     "ZeRO-Infinity on NVMe": (deepspeed(16, 3, **NVME), (500, 124, 18432), None),
 }
@@ -92,9 +96,7 @@ def fits(layout: Layout, model: tuple[float, int, int]) -> bool:
     shape = gpt(layers, hidden)
     assert shape.num_parameters / 1e9 == pytest.approx(billions, rel=0.1)
     result = estimate(shape, layout, WORKLOAD, Cluster(V100, layout.world_size, layout.world_size, V100.memory))
-    return (
-        result.memory.total <= V100.memory and result.host_bytes <= DGX_2.memory and result.disk_bytes <= DGX_2.disk
-    )
+    return result.memory.total <= V100.memory and result.host_bytes <= DGX_2.memory and result.disk_bytes <= DGX_2.disk
 
 
 @pytest.mark.parametrize("name", LARGEST)
