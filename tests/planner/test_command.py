@@ -85,7 +85,7 @@ def test_a_run_file_that_offloads_is_weighed_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run.yaml"
-    text = RUN.format(tensor=2, pipeline=1).replace("microbatches: 8", "offload_parameters: cpu")
+    text = RUN.format(tensor=2, pipeline=1).replace("microbatches: 8", "offload_parameters: cpu, recompute: full")
     run.write_text(text)
     monkeypatch.setattr(sys, "argv", ["lightning-llm", "plan", "--config", str(run), "--json"])
     assert main() == 0
