@@ -86,7 +86,7 @@ def test_a_run_file_that_offloads_is_weighed_too(
 ) -> None:
     run = tmp_path / "run.yaml"
     text = RUN.format(tensor=2, pipeline=1).replace("microbatches: 8", "offload_parameters: cpu, recompute: full")
-    run.write_text(text)
+    run.write_text(text.replace("  num_nodes", "  accumulate_grad_batches: 8\n  num_nodes"))
     monkeypatch.setattr(sys, "argv", ["lightning-llm", "plan", "--config", str(run), "--json"])
     assert main() == 0
     made = Plan.from_json(capsys.readouterr().out)
