@@ -160,6 +160,8 @@ def _tensor_sizes(shape: Shape, cluster: Cluster, workload: Workload, options: O
     sequence = workload.seq_len if options.engine == "fsdp2" else 0  # which DeepSpeed's engine does not cut either
     numbers = (*tensor_divides(shape, options.engine).values(), sequence, cluster.count)
     sizes = [size for size in divisors(cluster.per_node) if all(number % size == 0 for number in numbers)]
+    if options.engine == "deepspeed" and (workload.float8 or shape.config.qk_norm_whole):
+        sizes = [1]  # AutoTP cuts plain linear layers, and has no norm over all heads of a projection
     return _fixed(options.tensor_parallel_size, sizes)
 
 
@@ -192,7 +194,7 @@ def _replicate_sizes(data: int, stride: int, cluster: Cluster, options: Options)
         shards = nodes * cluster.per_node // stride
         if 1 < shards < data and data % shards == 0:
             sizes.append(data // shards)
-    if options.replicate_size is not None and data % options.replicate_size == 0:
+    if options.engine == "fsdp2" and options.replicate_size is not None and data % options.replicate_size == 0:
         sizes.append(options.replicate_size)
     return _fixed(options.replicate_size, sorted(set(sizes)))
 

@@ -30,7 +30,7 @@ def offloads(engine: str, optimizer: str | None, parameters: str | None) -> tupl
         return OFFLOADS[engine]
     if engine == "fsdp2":
         return (((None, "cpu"),),) if parameters == "cpu" and optimizer in (None, "cpu") else ()
-    return (((optimizer, parameters),),)
+    return (((optimizer or parameters, parameters),),)  # parameters alone are not worth it
 
 
 def refusal(layout: Layout) -> str | None:
@@ -79,6 +79,16 @@ def _deepspeed_refusal(layout: Layout) -> str | None:
         return f"offload_optimizer={layout.offload_optimizer!r} needs ZeRO: set zero_stage to 1, 2 or 3."
     if layout.offload_parameters and stage < 3:
         return f"offload_parameters={layout.offload_parameters!r} needs zero_stage 3, not {stage}."
+    if layout.offload_parameters and not layout.offload_optimizer:
+        return (
+            f"offload_parameters={layout.offload_parameters!r} without offload_optimizer: the optimizer's states are "
+            "six times as large. Set offload_optimizer too."
+        )
+    if layout.replicate_size > 1:
+        return (
+            f"replicate_size({layout.replicate_size}): the planner has no figures for hybrid sharding on DeepSpeed's "
+            "engine (hpZ). Set it to 1."
+        )
     if layout.offload_optimizer == "nvme" and stage < 3:
         return f"offload_optimizer='nvme' needs zero_stage 3, not {stage}; below, DeepSpeed offloads to the CPU alone."
     return None

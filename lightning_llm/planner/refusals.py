@@ -35,6 +35,16 @@ def nothing_valid(shape: Shape, cluster: Cluster, workload: Workload, global_bat
     if cluster.count % fixed:
         return f"{asked}: {fixed} does not divide {cluster.count} devices."
     if options.engine == "deepspeed":
+        if (options.replicate_size or 1) > 1:
+            return (
+                f"replicate_size={options.replicate_size}: the planner has no figures for hybrid sharding on "
+                "DeepSpeed's engine (hpZ). Leave it out."
+            )
+        if (tensor or 1) > 1 and (workload.float8 or shape.config.qk_norm_whole):
+            return (
+                f"tensor_parallel_size({tensor}): DeepSpeed's AutoTP cuts plain linear layers alone, not float8 ones, "
+                "and has no norm over all heads of a projection. Leave it out, or use FSDP2."
+            )
         if (options.expert_parallel_size or 1) > 1 and fixed > (options.context_parallel_size or 1):
             return f"{asked}: DeepSpeed's engine shares out experts with pipeline and tensor sizes of 1 alone."
         if (options.pipeline_parallel_size or 1) > 1 and (options.offload_optimizer or options.offload_parameters):

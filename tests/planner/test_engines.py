@@ -46,6 +46,8 @@ DATA = {"data_parallel_size": 4}
         ),
         ({"engine": "deepspeed", "expert_parallel_size": 2}, "shares out experts up to ZeRO-2"),
         ({"engine": "deepspeed", "tensor_parallel_size": 2}, "Set sequence_parallel to false"),
+        ({"engine": "deepspeed", "offload_parameters": "cpu"}, "without offload_optimizer"),
+        ({"engine": "deepspeed", "replicate_size": 2}, "no figures for hybrid sharding"),
         ({"engine": "deepspeed", "zero_stage": 0, "offload_optimizer": "cpu"}, "needs ZeRO"),
         ({"engine": "deepspeed", "zero_stage": 2, "offload_parameters": "cpu"}, "needs zero_stage 3, not 2"),
         ({"engine": "deepspeed", "zero_stage": 2, "offload_optimizer": "nvme"}, "needs zero_stage 3, not 2"),
@@ -89,6 +91,28 @@ def test_embedding_and_head_are_whole_on_deepspeeds_tensor_ranks() -> None:
     assert memory.parameters == 2 * (ends + norms + (shape.num_parameters - ends - norms) / 2)
     cut = Layout(tensor_parallel_size=2)
     assert logits_bytes(shape, layout, workload).output == 2 * logits_bytes(shape, cut, workload).output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ({"options": Options(replicate_size=2)}, "no figures for hybrid sharding"),
+        ({"options": Options(tensor_parallel_size=2), "float8": True}, "AutoTP cuts plain linear layers alone"),
+        ({"options": Options(tensor_parallel_size=2, expert_parallel_size=2)}, "shares out experts with"),
+        ({"options": Options(pipeline_parallel_size=2, offload_optimizer="cpu")}, "no pipelines with offloading"),
+    ],
+)
+def test_options_that_deepspeed_has_not_are_refused(arguments: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigurationError, match=why):
+        plan("qwen3-30b-a3b", 8, engine="deepspeed", **arguments)
+
+
+def test_float8_keeps_deepspeeds_linear_layers_whole() -> None:
+    cluster = h100s(8)
+    found = candidates(
+        shape_of("llama3-8b"), cluster, Workload(seq_len=4096, float8=True), 16, Options(engine="deepspeed")
+    )
+    assert {layout.tensor_parallel_size for layout in found} == {1}
 
 
 # -- the choice --
