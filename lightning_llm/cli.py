@@ -162,6 +162,11 @@ def plan(
     float8: bool = False,
     devices_per_node: int | None = None,
     memory_gib: float | None = None,
+    host_memory_gib: float | None = None,
+    nvme_gb: float | None = None,
+    engine: str = "auto",
+    offload_optimizer: str | None = None,
+    offload_parameters: str | None = None,
     tensor: int | None = None,
     pipeline: int | None = None,
     context: int | None = None,
@@ -184,6 +189,11 @@ def plan(
         float8: Linear layers multiply in float8.
         devices_per_node: By default what such nodes have.
         memory_gib: Memory of one device, if not what the table says.
+        host_memory_gib: Memory of a node, if not what nodes with such devices usually have.
+        nvme_gb: Disks of a node, likewise.
+        engine: fsdp2, deepspeed, or auto, which is FSDP2 unless the model does not fit or DeepSpeed is clearly faster.
+        offload_optimizer: cpu or nvme; by default only what does not fit otherwise is offloaded.
+        offload_parameters: cpu or nvme.
         tensor: Ranks that share a layer's matrices, if not to be chosen.
         pipeline: Stages, if not to be chosen.
         context: Ranks that share a sequence, if not to be chosen.
@@ -200,7 +210,14 @@ def plan(
     if config is not None:
         from lightning_llm.strategies.run_file import plan_of_run
 
-        made, architecture = plan_of_run(config, device, devices=devices, memory_gib=memory_gib)
+        made, architecture = plan_of_run(
+            config,
+            device,
+            devices=devices,
+            memory_gib=memory_gib,
+            host_memory_gib=host_memory_gib,
+            nvme_gb=nvme_gb,
+        )
     elif model is None or devices is None:
         raise ConfigurationError("plan needs --model and --devices, or --config with a run file.")
     else:
@@ -210,6 +227,8 @@ def plan(
             pipeline_parallel_size=pipeline,
             context_parallel_size=context,
             expert_parallel_size=expert,
+            offload_optimizer=offload_optimizer,
+            offload_parameters=offload_parameters,
         )
         made = planner.plan(
             architecture,
@@ -223,6 +242,9 @@ def plan(
             float8=float8,
             devices_per_node=devices_per_node,
             memory_gib=memory_gib,
+            host_memory_gib=host_memory_gib,
+            nvme_gb=nvme_gb,
+            engine=engine,
             options=options,
         )
     if json:

@@ -4,9 +4,9 @@
 and nothing imports strategies, which may call it.
 """
 
+from lightning_llm.planner.candidates import Options
 from lightning_llm.planner.layout import Layout, Workload
 from lightning_llm.planner.plan import Plan, plan
-from lightning_llm.planner.search import Options
 from lightning_llm.planner.sizes import choose_sizes
 
 __all__ = ["Layout", "Options", "Plan", "Workload", "choose_sizes", "plan"]

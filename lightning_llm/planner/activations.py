@@ -135,11 +135,11 @@ class LogitsBytes(NamedTuple):
 
 
 def logits_bytes(shape: Shape, layout: Layout, workload: Workload) -> LogitsBytes:
-    """See `LogitsBytes`. The vocabulary is split over the tensor axis and stays split in the loss.
+    """See `LogitsBytes`. FSDP2's vocabulary is split over the tensor axis and stays split in the loss.
 
     The backward of torch's cross entropy has two gradients alive, that of the log-probabilities and that of the logits.
     `loss_parallel` computes `(one_hot + exp(x)) * gradient` in separate operations, of which three tensors are alive.
     """
-    numbers = layout.tokens(workload) * shape.vocab / layout.tensor_parallel_size
-    temporaries = 3 if layout.tensor_parallel_size > 1 else 2
+    numbers = layout.tokens(workload) * shape.vocab / layout.vocabulary_split
+    temporaries = 3 if layout.vocabulary_split > 1 else 2
     return LogitsBytes(workload.compute_bytes * numbers, FLOAT32 * numbers, temporaries * FLOAT32 * numbers)

@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightning_llm.errors import ConfigurationError
+from lightning_llm.planner import hosts
+from lightning_llm.planner.hosts import GB, Host
 
-GB = 10**9  # data sheets count in powers of ten
 TFLOPS = 10**12
 
 
@@ -28,6 +29,8 @@ class Device:
         memory_bandwidth: Bytes per second.
         node_link: To a device in the same node, bytes per second and direction, all links together.
         network_link: To another node, bytes per second and direction, this device's share.
+        host_link: To host memory, bytes per second and direction, this device's share when all of a node copy at once.
+        host: What a node with such devices usually has besides.
         per_node: Devices in a node, usually.
         source: Where the figures stand.
     """
@@ -41,6 +44,8 @@ class Device:
     memory_bandwidth: float
     node_link: float
     network_link: float
+    host_link: float
+    host: Host
     per_node: int
     source: str
 
@@ -66,6 +71,8 @@ def _device(
     bandwidth: float,
     link: float,
     network: float,
+    pcie: float,
+    host: Host,
     source: str,
     per_node: int = 8,
 ) -> Device:
@@ -80,6 +87,8 @@ def _device(
         memory_bandwidth=bandwidth * GB,
         node_link=link * GB,
         network_link=network * GB,
+        host_link=pcie * GB,
+        host=host,
         per_node=per_node,
         source=source,
     )
@@ -87,68 +96,74 @@ def _device(
 
 # The first row whose mark is in a device's name counts, so longer marks stand first. `network` is one 400 Gbit/s port
 # a device (H100 and later), 200 Gbit/s (A100) or 100 Gbit/s, as in the vendors' reference nodes; a workstation has 25.
-# Memory is what a sheet says in GB, of which HBM parts hold GiB.
+# Memory is what a sheet says in GB, of which HBM parts hold GiB. `pcie` is x16 of generation 5 (63) or 4 (31.5); in a
+# DGX A100 two devices share one.
 GIB_PER_GB = 1.024**3
 DEVICES: tuple[Device, ...] = (
     _device(
         "b200", "B200", bf16=2250, fp8=4500, fp32=75, memory=180, bandwidth=7700, link=900, network=50,
+        pcie=63, host=hosts.DGX_B200,
         source="NVIDIA DGX B200 data sheet (1,440 GB, 64 TB/s and 72 PFLOPS sparse FP8 for 8)",
     ),
     _device(
         "h200-nvl", "H200 NVL", bf16=835, fp8=1670.5, fp32=60, memory=141, bandwidth=4800, link=450, network=50,
-        per_node=4, source="NVIDIA H200 data sheet, NVL",
+        per_node=4, pcie=63, host=hosts.SERVER, source="NVIDIA H200 data sheet, NVL",
     ),
     _device(
         "h200", "H200", bf16=989.4, fp8=1978.9, fp32=67, memory=141, bandwidth=4800, link=450, network=50,
-        source="NVIDIA H200 data sheet, SXM",
+        pcie=63, host=hosts.DGX_H100, source="NVIDIA H200 data sheet, SXM",
     ),
     _device(
         "h100-nvl", "H100 NVL", bf16=835, fp8=1670.5, fp32=60, memory=94, bandwidth=3900, link=300, network=50,
-        per_node=2, source="NVIDIA H100 data sheet, NVL",
+        per_node=2, pcie=63, host=hosts.SERVER, source="NVIDIA H100 data sheet, NVL",
     ),
     _device(
         "h100-pcie", "H100 PCIe", bf16=756, fp8=1513, fp32=51, memory=80 * GIB_PER_GB, bandwidth=2000, link=64,
-        network=50, source="NVIDIA H100 PCIe data sheet (PCIe 5.0 x16 between cards)",
+        network=50, pcie=63, host=hosts.SERVER, source="NVIDIA H100 PCIe data sheet (PCIe 5.0 x16 between cards)",
     ),
     _device(
         "h100", "H100", bf16=989.4, fp8=1978.9, fp32=67, memory=80 * GIB_PER_GB, bandwidth=3350, link=450, network=50,
-        source="NVIDIA H100 data sheet, SXM",
+        pcie=63, host=hosts.DGX_H100, source="NVIDIA H100 data sheet, SXM",
     ),
     _device(
         "a100-80g", "A100 SXM4 80GB", "A100 80GB", bf16=312, fp8=None, fp32=19.5, memory=80 * GIB_PER_GB,
-        bandwidth=2039, link=300, network=25, source="NVIDIA A100 data sheet, 80GB SXM",
+        bandwidth=2039, link=300, network=25, pcie=15.8, host=hosts.DGX_A100, source="NVIDIA A100 data sheet, 80GB SXM",
     ),
     _device(
         "a100-40g", "A100", bf16=312, fp8=None, fp32=19.5, memory=40 * GIB_PER_GB, bandwidth=1555, link=300, network=25,
-        source="NVIDIA A100 data sheet, 40GB SXM",
+        pcie=15.8, host=hosts.DGX_A100_320, source="NVIDIA A100 data sheet, 40GB SXM",
     ),
     _device(
         "l40s", "L40S", bf16=362, fp8=733, fp32=91.6, memory=48 * GIB_PER_GB, bandwidth=864, link=32, network=25,
-        source="NVIDIA L40S data sheet (PCIe 4.0 x16 between cards)",
+        pcie=31.5, host=hosts.SERVER, source="NVIDIA L40S data sheet (PCIe 4.0 x16 between cards)",
     ),
     _device(
         "l40", "L40", bf16=181, fp8=362, fp32=90.5, memory=48 * GIB_PER_GB, bandwidth=864, link=32, network=25,
-        source="NVIDIA L40 data sheet (PCIe 4.0 x16 between cards)",
+        pcie=31.5, host=hosts.SERVER, source="NVIDIA L40 data sheet (PCIe 4.0 x16 between cards)",
     ),
     _device(
         "l4", "L4", bf16=121, fp8=242.5, fp32=30.3, memory=24 * GIB_PER_GB, bandwidth=300, link=32, network=12.5,
-        source="NVIDIA L4 data sheet (PCIe 4.0 x16 between cards)",
+        pcie=31.5, host=hosts.SERVER, source="NVIDIA L4 data sheet (PCIe 4.0 x16 between cards)",
     ),
     _device(
         "4090", "RTX 4090", bf16=165.2, fp8=330.3, fp32=82.6, memory=24 * GIB_PER_GB, bandwidth=1008, link=32,
-        network=3.1, source="NVIDIA Ada white paper, float32 accumulation (PCIe 4.0 x16 between cards)",
+        network=3.1, pcie=31.5, host=hosts.WORKSTATION,
+        source="NVIDIA Ada white paper, float32 accumulation (PCIe 4.0 x16 between cards)",
     ),
     _device(
         "3090", "RTX 3090", bf16=71, fp8=None, fp32=35.6, memory=24 * GIB_PER_GB, bandwidth=936, link=32, network=3.1,
+        pcie=31.5, host=hosts.WORKSTATION,
         source="NVIDIA GA102 white paper, float32 accumulation (PCIe 4.0 x16 between cards)",
     ),
     _device(
         "mi300x", "MI300X", bf16=1307.4, fp8=2614.9, fp32=163.4, memory=192 * GIB_PER_GB, bandwidth=5300, link=448,
-        network=50, source="AMD Instinct MI300X data sheet (7 Infinity Fabric links of 64 GB/s and direction)",
+        network=50, pcie=63, host=hosts.DGX_H100,
+        source="AMD Instinct MI300X data sheet (7 Infinity Fabric links of 64 GB/s and direction)",
     ),
     # Not a product: what a rank on a shared server may have. For rehearsals without accelerators.
     _device(
-        "cpu", bf16=3, fp8=None, fp32=3, memory=32, bandwidth=50, link=10, network=3.1, source="nominal, no data sheet"
+        "cpu", bf16=3, fp8=None, fp32=3, memory=32, bandwidth=50, link=10, network=3.1, pcie=50, host=hosts.NONE,
+        source="nominal, no data sheet"
     ),
 )  # fmt: skip
 

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
 from lightning_llm.planner.activations import blocks_of
 from lightning_llm.planner.devices import Device
+from lightning_llm.planner.engines import gradient_bytes
 from lightning_llm.planner.layout import Layout, Workload
 from lightning_llm.planner.memory import Memory, stage_bytes, stages_in, worst_memory
+from lightning_llm.planner.offload import (
+    CopySeconds,
+    copy_seconds,
+    offload_traffic,
+    room_of,
+    states_of_rank,
+    step_seconds,
+)
 from lightning_llm.planner.shape import Shape, Stage, Unit, sizes_of
+from lightning_llm.planner.states import gathered
 from lightning_llm.planner.timeline import Timeline, simulate, stages_of
 from lightning_llm.planner.traffic import (
     OVERLAP_COST,
@@ -45,6 +56,17 @@ class Cluster:
     per_node: int
     memory: float
 
+    def share(self, memory: float, host: float, disk: float) -> float:
+        """Of what there is, the largest share that is needed; above 1 it does not fit.
+
+        Args:
+            memory: Bytes of a device.
+            host, disk: Bytes of a node's memory and disks.
+        """
+        host_share = host / self.device.host.memory if self.device.host.memory else math.inf
+        disk_share = disk / self.device.host.disk if self.device.host.disk else math.inf
+        return max(memory / self.memory, host_share if host else 0.0, disk_share if disk else 0.0)
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -56,12 +78,14 @@ class Estimate:
         step_seconds: Time of an optimizer step.
         pipeline_seconds: Of that, the schedule: compute and what communication it waits for, idle time included.
         exposed_seconds: Of that, gathers, reductions and sums that nothing hides.
-        optimizer_seconds: Of that, the optimizer's own.
+        optimizer_seconds: Of that, the optimizer's own: on the CPU with its transfers, where it is offloaded.
         bubble: Idle share of the schedule, mean over ranks.
         tokens_per_second: Of all devices together.
         tokens_per_second_per_device: Of one.
         mfu: Share of the devices' dense peak that goes into the model's own arithmetic; the bfloat16 peak also where
             layers run in float8.
+        saved_bytes: That the fullest rank writes into a checkpoint: parameters and optimizer states, wherever they are.
+        host_bytes, disk_bytes: Of a node, that offloaded states need; 0 where nothing is offloaded.
     """
 
     memory: Memory
@@ -74,6 +98,9 @@ class Estimate:
     tokens_per_second: float
     tokens_per_second_per_device: float
     mfu: float
+    saved_bytes: float
+    host_bytes: float = 0.0
+    disk_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -112,11 +139,12 @@ def stage_seconds(
         one_way = linear + attention_forward + moved + waits
         again = {"none": 0.0, "selective": moved, "full": one_way}[kind.recompute]
         back = 2 * linear + attention_backward + 2 * moved + waits + again
-        gather, reduce = _block_parameters(kind.unit, layout, workload, links)
-        forward += kind.number * _overlapped(one_way, gather)
-        backward += kind.number * _overlapped(back, reduce + (gather if layout.zero_stage == 3 else 0.0))
+        moves = _block_parameters(kind.unit, layout, workload, links)
+        beside = moves.reduce + (moves.gather if layout.zero_stage == 3 else 0.0)
+        forward += kind.number * _overlapped(one_way, moves.gather)
+        backward += kind.number * (_overlapped(back, beside) + moves.waited)
     if stage.is_last:
-        numbers = tokens * shape.vocab / tensor
+        numbers = tokens * shape.vocab / layout.vocabulary_split
         head = 2 * numbers * shape.hidden / other
         loss = numbers * 4 / bandwidth  # one pass in float32; the loss makes about three each way
         forward += head + 3 * loss
@@ -129,18 +157,21 @@ def estimate(shape: Shape, layout: Layout, workload: Workload, cluster: Cluster)
     memory_rank, memory = worst_memory(shape, layout, workload)
     links = links_of(layout, cluster.device, cluster.per_node)
     timeline = timeline_of(shape, layout, workload, cluster)
-    exposed = optimizer = 0.0
+    exposed = optimizer = saved = 0.0
     for rank in range(layout.pipeline_parallel_size):
         stages = stages_of_rank(shape, layout, rank)
         exposed = max(exposed, sum(_exposed(shape, stage, layout, workload, links) for stage in stages))
-        costs = [stage_bytes(shape, stage, layout, workload) for stage in stages]
-        # The optimizer reads and writes parameters and states, and reads gradients.
-        moved = sum(2 * (cost.parameters + cost.optimizer) + cost.sharded_gradients for cost in costs)
-        optimizer = max(optimizer, moved / (cluster.device.memory_bandwidth * BANDWIDTH_EFFICIENCY))
+        costs = states_of_rank(shape, layout, workload, rank)
+        seconds = sum(cost.step_moves for cost in costs) / (cluster.device.memory_bandwidth * BANDWIDTH_EFFICIENCY)
+        if not seconds:  # it works on the host
+            seconds = step_seconds(costs, layout, workload, links)
+        optimizer = max(optimizer, seconds)
+        saved = max(saved, sum(cost.saved for cost in costs))
     step = timeline.makespan + exposed + optimizer
     tokens = layout.global_batch * workload.seq_len
     dtype = "bfloat16" if workload.compute_bytes == 2 else "float32"
     peak = cluster.device.peak(dtype) * layout.world_size
+    room = room_of(shape, layout, workload, cluster.per_node)
     return Estimate(
         memory=memory,
         memory_rank=memory_rank,
@@ -152,6 +183,9 @@ def estimate(shape: Shape, layout: Layout, workload: Workload, cluster: Cluster)
         tokens_per_second=tokens / step,
         tokens_per_second_per_device=tokens / step / layout.world_size,
         mfu=tokens / step * shape.config.flops_per_token(workload.seq_len) / peak,
+        saved_bytes=saved,
+        host_bytes=room.host,
+        disk_bytes=room.disk,
     )
 
 
@@ -198,12 +232,12 @@ def timeline_of(shape: Shape, layout: Layout, workload: Workload, cluster: Clust
 
 
 def traffic(shape: Shape, layout: Layout, workload: Workload, cluster: Cluster) -> dict[str, AxisTraffic]:
-    """By axis, of the pipeline rank that sends the most."""
+    """By axis, of the pipeline rank that sends the most; "host" and "disk" stand beside the axes where used."""
     links = links_of(layout, cluster.device, cluster.per_node)
-    ranks = [
-        traffic_of_rank(shape, stages_of_rank(shape, layout, rank), layout, workload, links)
-        for rank in range(layout.pipeline_parallel_size)
-    ]
+    ranks = []
+    for rank in range(layout.pipeline_parallel_size):
+        given = (shape, stages_of_rank(shape, layout, rank), layout, workload, links)
+        ranks.append(traffic_of_rank(*given) | offload_traffic(*given))
     return max(ranks, key=lambda axes: sum(axis.seconds for axis in axes.values()))
 
 
@@ -219,32 +253,39 @@ def _exposed(shape: Shape, stage: Stage, layout: Layout, workload: Workload, lin
     replicate = links["replicate"].seconds(traffic.replicate, operations)
     gather = links["fsdp"].seconds(traffic.gather, operations)
     reduce = links["fsdp"].seconds(traffic.reduce, operations)
+    if layout.offloads:
+        elements = stage_bytes(shape, stage, layout, workload).stored
+        copied = copy_seconds(elements, layout, workload, links)
+        gather, reduce = max(gather, copied.gather), max(reduce, copied.reduce)
     if layout.pipeline_parallel_size > 1 or layout.zero_stage <= 1:
         return gather + reduce + replicate
     share = 1 / operations
+    if layout.engine == "deepspeed" and layout.zero_stage == 2:  # gathers what the step has updated, all at once
+        return gather + share * (traffic.reductions * reduce + replicate)
     return share * (traffic.reductions * (gather + reduce) + replicate)
 
 
-def _block_parameters(unit: Unit, layout: Layout, workload: Workload, links: dict[str, Link]) -> tuple[float, float]:
+def _block_parameters(unit: Unit, layout: Layout, workload: Workload, links: dict[str, Link]) -> CopySeconds:
     """Time to gather a block's parameters and to reduce its gradients, where each microbatch does so."""
     if layout.pipeline_parallel_size > 1 or layout.zero_stage <= 1:
-        return 0.0, 0.0
-    whole = _whole(unit, layout.tensor_parallel_size, layout.expert_parallel_size)
-    # Below stage 3 whole parameters stay over all batches of a step: one gather for all of them.
-    gathered = workload.compute_bytes * whole / (1 if layout.zero_stage == 3 else layout.microbatches)
-    gather = ring(gathered, layout.sharding_size)
-    reduce = ring(workload.parameter_bytes * whole, layout.sharding_size)
-    return links["fsdp"].seconds(gather), links["fsdp"].seconds(reduce)
+        return CopySeconds()
+    whole = gathered(unit, layout.tensor_parallel_size, layout.expert_parallel_size)
+    # Below stage 3 whole parameters stay over all batches of a step: one gather for all of them, which DeepSpeed does
+    # behind the step before (see `_exposed`).
+    gathers = 1.0 if layout.zero_stage == 3 else 1 / layout.microbatches if layout.engine == "fsdp2" else 0.0
+    gather = ring(workload.compute_bytes * whole, layout.sharding_size)
+    reduce = ring(gradient_bytes(layout, workload) * whole, layout.sharding_size)
+    copied = copy_seconds(whole / layout.sharding_size, layout, workload, links)
+    return CopySeconds(
+        gathers * max(links["fsdp"].seconds(gather), copied.gather),
+        max(links["fsdp"].seconds(reduce), copied.reduce),
+        copied.waited,
+    )
 
 
 def _overlapped(compute: float, communication: float) -> float:
     """Seconds of both side by side: the longer one, and what communication takes from compute."""
     return max(compute + OVERLAP_COST * communication, communication)
-
-
-@lru_cache(maxsize=4096)
-def _whole(unit: Unit, tensor: int, expert: int) -> int:
-    return unit.gathered(tensor, expert)
 
 
 @lru_cache(maxsize=4096)

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field
 
 from lightning_llm.errors import ConfigurationError
+from lightning_llm.planner.engines import refusal
 
 Recompute = str | int
 RECOMPUTE = ("none", "selective", "full")
@@ -58,9 +59,10 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How a run is spread over devices. Sizes are those of `LLM3DStrategy`.
+    """How a run is spread over devices. Sizes are those of `LLM3DStrategy` and `LLM3DDeepSpeedStrategy`.
 
     Attributes:
+        engine: "fsdp2" (`LLM3DStrategy`) or "deepspeed" (`LLM3DDeepSpeedStrategy`).
         zero_stage: 0 replicates everything over the data ranks, 1 shards optimizer states (and the stored parameters
             that they update), 2 gradients too, 3 frees gathered parameters after use as well.
         stages_per_rank: Virtual stages of an interleaved schedule.
@@ -69,8 +71,15 @@ class Layout:
         recompute: "none", "selective" (attention, communication and every second matrix product are kept), "full" (a
             block's input alone is kept), or n: every n-th block is recomputed fully.
         layers_per_stage: Blocks of each stage in order; None balances stages by their parameters.
+        offload_optimizer: "cpu" or "nvme": where DeepSpeed keeps optimizer states, which the CPU then updates.
+        offload_parameters: "cpu" or "nvme": where parameters are between uses. FSDP2 offers "cpu", and has the
+            optimizer states there too.
+
+    Raises:
+        ConfigurationError: A setting that does not exist, sizes that do not divide, or what the engine does not do.
     """
 
+    engine: str = "fsdp2"
     data_parallel_size: int = 1
     replicate_size: int = 1
     tensor_parallel_size: int = 1
@@ -85,6 +94,8 @@ class Layout:
     microbatches: int = 1
     recompute: Recompute = "none"
     layers_per_stage: tuple[int, ...] | None = field(default=None)
+    offload_optimizer: str | None = None
+    offload_parameters: str | None = None
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):
@@ -103,6 +114,8 @@ class Layout:
                 f"expert_parallel_size({self.expert_parallel_size}) does not divide shard({self.shard_size}) * "
                 f"context({self.context_parallel_size}) * tensor({self.tensor_parallel_size}) = {self.foldable_size}."
             )
+        if why := refusal(self):
+            raise ConfigurationError(why)
 
     @property
     def world_size(self) -> int:
@@ -145,6 +158,16 @@ class Layout:
         return self.tensor_parallel_size if self.sequence_parallel else 1
 
     @property
+    def vocabulary_split(self) -> int:
+        """Into how many parts embedding and output layer are cut; DeepSpeed's engine replicates them."""
+        return self.tensor_parallel_size if self.engine == "fsdp2" else 1
+
+    @property
+    def offloads(self) -> bool:
+        """Whether anything is kept outside of the devices."""
+        return bool(self.offload_optimizer or self.offload_parameters)
+
+    @property
     def global_batch(self) -> int:
         """Sequences per optimizer step over all data ranks."""
         return self.data_parallel_size * self.microbatch_size * self.microbatches
@@ -179,7 +202,22 @@ class Layout:
             virtual = f", {self.stages_per_rank} stages a rank" if self.stages_per_rank > 1 else ""
             words.append(f"pipeline {self.pipeline_parallel_size} ({self.pipeline_schedule}{virtual})")
         replicas = f" in {self.replicate_size} replicas" if self.replicate_size > 1 else ""
-        words.append(f"data {self.data_parallel_size}{replicas}, ZeRO-{self.zero_stage}")
+        words.append(f"data {self.data_parallel_size}{replicas}, {self.describe_zero()}")
         words.append(f"{self.microbatches} x {self.microbatch_size} sequences a data rank")
         words.append(f"recompute {self.recompute}")
         return ", ".join(words)
+
+    def describe_zero(self) -> str:
+        """ZeRO's stage and what is offloaded: `DeepSpeed ZeRO-3 with the optimizer on the CPU`."""
+        places = {"cpu": "the CPU", "nvme": "NVMe"}
+        optimizer, parameters = self.offload_optimizer, self.offload_parameters
+        if self.engine == "fsdp2":
+            optimizer = parameters  # FSDP2 keeps states where the parameters are
+        words = []
+        if optimizer and optimizer == parameters:
+            words.append(f"parameters and optimizer on {places[optimizer]}")
+        else:
+            words += [f"the optimizer on {places[optimizer]}"] if optimizer else []
+            words += [f"parameters on {places[parameters]}"] if parameters else []
+        engine = "DeepSpeed " if self.engine == "deepspeed" else ""
+        return f"{engine}ZeRO-{self.zero_stage}" + (f" with {' and '.join(words)}" if words else "")

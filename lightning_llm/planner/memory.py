@@ -1,6 +1,6 @@
 """How many bytes each rank needs, by part: the peak over every moment of the pipeline's schedule.
 
-What follows is FSDP2's behaviour, on which `LLM3DStrategy` stands, and is stated term by term.
+What an engine keeps of the states is in `fsdp2.py` and `deepspeed.py`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from lightning_llm.planner.activations import LogitsBytes, block_bytes, blocks_of, logits_bytes
+from lightning_llm.planner.deepspeed import deepspeed_states
+from lightning_llm.planner.fsdp2 import fsdp2_states
+from lightning_llm.planner.hosts import GIB
 from lightning_llm.planner.layout import Layout, Workload
-from lightning_llm.planner.shape import Shape, Stage, Unit, balanced_layers, cut_stages
+from lightning_llm.planner.shape import Shape, Stage, balanced_layers, cut_stages
+from lightning_llm.planner.states import StateBytes
 from lightning_llm.planner.timeline import Moment, moments, stages_of
-
-GIB = 1024**3
 
 # Two allowances that no formula gives. The first is what the caching allocator holds beyond what tensors need, as a
 # share of all that comes and goes: published figures of torchtitan for the same number of tokens a microbatch differ by
@@ -68,35 +70,19 @@ class Memory:
         return {part.name: getattr(self, part.name) for part in fields(self)}
 
 
-@dataclass(frozen=True)
-class StageBytes:
+@dataclass(frozen=True, kw_only=True)
+class StageBytes(StateBytes):
     """What one stage costs a rank, bytes; the numbers that do not depend on the moment.
 
     Attributes:
-        stored: Elements that the rank stores.
-        whole: Elements while gathered; of these `whole_experts` in experts, which are shared out differently.
-        parameters, optimizer: See `Memory`.
-        gathered_at_once: Parameters that are whole at a time, in the computation's dtype; 0 where what is stored is
-            computed with.
-        whole_gradients, sharded_gradients: Before and after their reduction.
         per_microbatch: Activations of one microbatch in flight.
         working_forward, working_backward: One block's temporaries.
-        staging: Buffers of one gather or reduction of its largest unit.
-        receive: Buffers that the pipeline receives into, for all microbatches at once.
+        receive: Buffers that the pipeline receives into: FSDP2's for all microbatches at once.
     """
 
-    stored: int
-    whole: int
-    whole_experts: int
-    parameters: float
-    optimizer: float
-    gathered_at_once: float
-    whole_gradients: float
-    sharded_gradients: float
     per_microbatch: float
     working_forward: float
     working_backward: float
-    staging: float
     receive: float
 
 
@@ -113,7 +99,7 @@ def memory_of_rank(shape: Shape, layout: Layout, workload: Workload, pipeline_ra
     costs = [stage_bytes(shape, stage, layout, workload) for stage in stages]
     logits = logits_bytes(shape, layout, workload) if stages[-1].is_last else None
     receive = sum(cost.receive for cost in costs)
-    at_step = Moving(gradients=sum(cost.sharded_gradients for cost in costs))  # while the optimizer works
+    at_step = Moving(gradients=sum(cost.step_gradients for cost in costs))  # while the optimizer works
     peak, most = at_step, sum(at_step)
     for moment in moments(schedule, pipeline_rank, ranks, virtual, layout.microbatches):
         moving = _at(moment, costs, logits, receive, pipelined=ranks > 1)
@@ -185,88 +171,27 @@ def _at(
 
 @lru_cache(maxsize=4096)
 def stage_bytes(shape: Shape, stage: Stage, layout: Layout, workload: Workload) -> StageBytes:
-    """See `StageBytes`. ZeRO stages in FSDP2's terms (n ranks share; bf16-mixed):
-
-    =====  ===============  ==================  ==========================  ==========================================
-    stage  stored float32   optimizer states    gradients, float32          whole bfloat16 copies
-    =====  ===============  ==================  ==========================  ==========================================
-    0      whole            whole               whole                       the whole stage (autocast keeps them)
-    1      1 / n            1 / n               whole until the step        the whole stage, within the step
-    2      1 / n            1 / n               1 / n                       the whole stage, within the step
-    3      1 / n            1 / n               1 / n                       root unit and two blocks
-    =====  ===============  ==================  ==========================  ==========================================
-
-    In a pipeline stages 2 and 3 are one: gathering again for each microbatch would cost more than it saves, so whole
-    copies stay, and gradients are summed whole, in the reduction's dtype, until a stage's last microbatch.
-    """
-    tensor, expert = layout.tensor_parallel_size, layout.expert_parallel_size
-    sharded = layout.zero_stage > 0
-    shards = layout.sharding_size if sharded else 1
-    expert_shards = layout.expert_sharding_size if sharded else 1
+    """See `StageBytes`: the engine's states, and activations, which are the same on both engines."""
+    states = (fsdp2_states if layout.engine == "fsdp2" else deepspeed_states)(stage, layout, workload)
     kinds = blocks_of(stage, layout.recompute)
-    units = [(1, stage.root), *((kind.number, kind.unit) for kind in kinds)]
-    whole = sum(count * _gathered(unit, tensor, expert) for count, unit in units)
-    stored = sum(count * _stored(unit, tensor, shards, expert, expert_shards) for count, unit in units)
-    e, p = workload.compute_bytes, workload.parameter_bytes
-    communicates = sharded and (shards > 1 or expert_shards > 1)
-    has_copies = communicates or e != p
-    pipelined = layout.pipeline_parallel_size > 1
-
-    states = 2 * stored
-    if workload.optimizer == "muon":
-        states -= sum(k.number * _matrices(k.unit, tensor, shards, expert, expert_shards) for k in kinds)
-
-    whole_gradients = p * whole
-    # Stage 1 reduces once, after the last batch: at once, if there is only one.
-    reduces_at_once = communicates and (layout.zero_stage >= 2 or (layout.microbatches == 1 and not pipelined))
     blocks = [(kind, block_bytes(shape, kind.unit, layout, workload)) for kind in kinds]
-    largest = max(_gathered(unit, tensor, expert) for _, unit in units)
-    at_once = whole
-    if layout.zero_stage == 3 and communicates and not pipelined:
-        block = max((_gathered(kind.unit, tensor, expert) for kind in kinds), default=0)
-        # The root's unit, the block at work and the one that is gathered ahead.
-        at_once = _gathered(stage.root, tensor, expert) + min(2, len(stage.layers)) * block
-    # A gather is copied out of a flat buffer; a reduction takes the unit's gradient in the computation's dtype and a
-    # flat copy of it in the reduction's dtype.
-    staging = largest * max(e, (0 if pipelined else e) + p) if communicates else 0
-    if communicates and not pipelined and stage.is_last:
-        staging += e * _gathered(stage.root, tensor, expert)  # the root's gradients wait for the end of the backward
-    boundary = layout.tokens(workload) * shape.hidden * e / layout.sequence_split
+    pipelined = layout.pipeline_parallel_size > 1
+    boundary = layout.tokens(workload) * shape.hidden * workload.compute_bytes / layout.sequence_split
     received = (not stage.is_first) + (not stage.is_last)
+    buffers = layout.microbatches
+    if layout.engine == "deepspeed":  # `TrainSchedule.num_pipe_buffers`: as many as are in flight
+        buffers = min(buffers, max(2, layout.pipeline_parallel_size - stage.index))
     per_microbatch = sum(kind.number * block.keeps(kind.recompute) for kind, block in blocks)
     if pipelined:
         per_microbatch += 0.0 if stage.is_last else boundary  # the output is kept to be sent and for its backward
         per_microbatch -= 0.0 if stage.is_first else boundary  # the first block's input is the receive buffer
     return StageBytes(
-        stored=stored,
-        whole=whole,
-        whole_experts=sum(k.number * k.unit.experts // expert for k in kinds),
-        parameters=p * stored,
-        optimizer=p * states,
-        gathered_at_once=e * at_once if has_copies else 0.0,
-        whole_gradients=whole_gradients,
-        sharded_gradients=p * stored if reduces_at_once else whole_gradients,
+        **vars(states),
         per_microbatch=max(0.0, per_microbatch),
         working_forward=max((block.forward for _, block in blocks), default=0.0),
         # What a block's backward brings back, and the gradients of what passes through it.
         working_backward=max(
             (block.kept - block.keeps(kind.recompute) + block.gradients for kind, block in blocks), default=0.0
         ),
-        staging=staging,
-        receive=received * layout.microbatches * boundary if pipelined else 0.0,
+        receive=received * buffers * boundary if pipelined else 0.0,
     )
-
-
-@lru_cache(maxsize=4096)
-def _gathered(unit: Unit, tensor: int, expert: int) -> int:
-    return unit.gathered(tensor, expert)
-
-
-@lru_cache(maxsize=4096)
-def _stored(unit: Unit, tensor: int, shards: int, expert: int, expert_shards: int) -> int:
-    return unit.stored(tensor, shards, expert, expert_shards)
-
-
-@lru_cache(maxsize=4096)
-def _matrices(unit: Unit, tensor: int, shards: int, expert: int, expert_shards: int) -> int:
-    return unit.matrices(tensor, shards, expert, expert_shards)

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.models.config import DecoderConfig
+from lightning_llm.planner.candidates import Options
+from lightning_llm.planner.choice import OtherEngine, choose
+from lightning_llm.planner.devices import Device
 from lightning_llm.planner.devices import device as device_of
 from lightning_llm.planner.estimate import Cluster, Estimate, estimate, timeline_of, traffic
+from lightning_llm.planner.hosts import GB, GIB
 from lightning_llm.planner.layout import Layout, Workload
 from lightning_llm.planner.memory import Memory
 from lightning_llm.planner.reasons import departures, reasons
 from lightning_llm.planner.saving import Saving, estimate_saving
-from lightning_llm.planner.search import Options, search
 from lightning_llm.planner.shape import Shape
+from lightning_llm.planner.strategy import strategy_arguments, strategy_of
 from lightning_llm.planner.timeline import Action, Span, Timeline
 from lightning_llm.planner.traffic import AxisTraffic
 
 # Tokens per optimizer step where none are given: what Llama 3 was trained with (arXiv:2407.21783, section 3.4.1).
 BATCH_TOKENS = ((7e9, 2**20), (100e9, 2**22), (float("inf"), 2**24))
-RENAMED = {"stages_per_rank": "pipeline_stages_per_rank"}  # in the strategy's arguments
 MAX_SEQ_LEN = 8192  # taken where none is given, unless the model is meant for less
 
 
@@ -47,6 +50,7 @@ class Plan:
         devices: How many.
         devices_per_node: Of these in one node.
         device_memory: Bytes of one.
+        host_memory, disk: Bytes of a node.
         layout: The sizes.
         workload: Sequence length and precision.
         estimate: Memory and time.
@@ -55,7 +59,8 @@ class Plan:
         reasons: Why this layout; empty where it was given.
         departures: Where it is not what the recommendation matrix and the decision tree say, and why.
         runner_ups: Next best layouts of other sizes.
-        considered, fitting: Layouts that were looked at, and that fit.
+        considered, fitting: Layouts that were looked at on this engine, and that fit.
+        others: What the other engine would do, where FSDP2 on the devices alone is not the answer.
     """
 
     model: str
@@ -64,6 +69,8 @@ class Plan:
     devices: int
     devices_per_node: int
     device_memory: float
+    host_memory: float
+    disk: float
     layout: Layout
     workload: Workload
     estimate: Estimate
@@ -74,17 +81,19 @@ class Plan:
     runner_ups: tuple[Alternative, ...] = ()
     considered: int = 1
     fitting: int = 1
+    others: tuple[OtherEngine, ...] = ()
 
     @property
     def fits(self) -> bool:
-        """Whether the fullest rank has enough memory."""
-        return self.estimate.memory.total <= self.device_memory
+        """Whether the fullest rank has enough memory, and its node enough for what is offloaded."""
+        needs = self.estimate
+        on_node = needs.host_bytes <= self.host_memory and needs.disk_bytes <= self.disk
+        return needs.memory.total <= self.device_memory and on_node
 
     @property
     def saving(self) -> Saving:
         """What checkpoints cost, and how often to make one."""
-        memory = self.estimate.memory
-        return estimate_saving(memory.parameters + memory.optimizer, self.devices)
+        return estimate_saving(self.estimate.saved_bytes, self.devices)
 
     @property
     def steps_between_saves(self) -> int:
@@ -92,29 +101,8 @@ class Plan:
         return max(1, round(self.saving.interval / self.estimate.step_seconds))
 
     def strategy_arguments(self) -> dict[str, Any]:
-        """The `init_args` of `LLM3DStrategy`; what is its default is left out."""
-        layout = self.layout
-        arguments: dict[str, Any] = {
-            "data_parallel_size": layout.data_parallel_size,
-            "tensor_parallel_size": layout.tensor_parallel_size,
-            "pipeline_parallel_size": layout.pipeline_parallel_size,
-        }
-        defaults = Layout()
-        for name in (
-            "context_parallel_size",
-            "expert_parallel_size",
-            "replicate_size",
-            "zero_stage",
-            "sequence_parallel",
-            "pipeline_schedule",
-            "stages_per_rank",
-            "recompute",
-        ):
-            if getattr(layout, name) != getattr(defaults, name):
-                arguments[RENAMED.get(name, name)] = getattr(layout, name)
-        if layout.pipeline_parallel_size > 1:
-            arguments["microbatches"] = layout.microbatches
-        return arguments
+        """The `init_args` of the layout's strategy; what is its default is left out."""
+        return strategy_arguments(self.layout)
 
     def run_file(self) -> dict[str, Any]:
         """What a LightningCLI run file says for this plan, as nested dictionaries."""
@@ -123,7 +111,7 @@ class Plan:
             "devices": min(self.devices, self.devices_per_node),
             "num_nodes": -(-self.devices // self.devices_per_node),
             "precision": self.workload.precision,
-            "strategy": {"class_path": "lightning_llm.LLM3DStrategy", "init_args": self.strategy_arguments()},
+            "strategy": strategy_of(layout),
         }
         if layout.pipeline_parallel_size == 1 and layout.microbatches > 1:
             trainer["accumulate_grad_batches"] = layout.microbatches
@@ -137,7 +125,10 @@ class Plan:
         """Everything, the timeline included."""
         values = dataclasses.asdict(self)
         values["timeline"] = [[[*span.action, span.start, span.end] for span in rank] for rank in self.timeline.spans]
+        values["engine"] = self.layout.engine
         values["strategy"] = self.strategy_arguments()
+        for other, engine in zip(values["others"], self.others, strict=True):
+            other["strategy"] = None if engine.layout is None else strategy_arguments(engine.layout)
         values["memory_total"] = self.estimate.memory.total
         values["fits"] = self.fits
         values["saving"] = {**dataclasses.asdict(self.saving), "every_n_train_steps": self.steps_between_saves}
@@ -164,7 +155,16 @@ class Plan:
         made["runner_ups"] = tuple(
             Alternative(**{**other, "layout": _layout(other["layout"])}) for other in values["runner_ups"]
         )
+        made["others"] = tuple(
+            OtherEngine(**{**_known(OtherEngine, other), "layout": other["layout"] and _layout(other["layout"])})
+            for other in values["others"]
+        )
         return cls(**made)
+
+
+def _known(cls: type[OtherEngine], values: dict[str, Any]) -> dict[str, Any]:
+    """Of what was written, the fields; what is computed from them was written beside."""
+    return {field.name: values[field.name] for field in dataclasses.fields(cls)}
 
 
 def _layout(values: dict[str, Any]) -> Layout:
@@ -185,7 +185,10 @@ def plan(
     float8: bool = False,
     devices_per_node: int | None = None,
     memory_gib: float | None = None,
+    host_memory_gib: float | None = None,
+    nvme_gb: float | None = None,
     layout: Layout | None = None,
+    engine: str = "auto",
     options: Options | None = None,
 ) -> Plan:
     """Parallel sizes for a model on a cluster, and what they cost.
@@ -203,7 +206,10 @@ def plan(
         float8: Linear layers multiply in float8.
         devices_per_node: By default what such nodes have.
         memory_gib: Of one device, if not what the table says.
+        host_memory_gib: Of a node, if not what such nodes usually have (`hosts.py`).
+        nvme_gb: Of a node, likewise.
         layout: Estimate this one instead of searching; `global_batch` follows from it.
+        engine: "fsdp2", "deepspeed", or "auto": FSDP2 unless the model does not fit, or DeepSpeed is clearly faster.
         options: What the search may choose from.
 
     Raises:
@@ -213,7 +219,7 @@ def plan(
     name = name or (config.model_type if isinstance(model, DecoderConfig) else model)
     if devices < 1:
         raise ConfigurationError(f"devices={devices} must be at least 1.")
-    row = device_of(device)
+    row = _with_host(device_of(device), host_memory_gib, nvme_gb)
     cluster = Cluster(
         device=row,
         count=devices,
@@ -236,7 +242,8 @@ def plan(
             raise ConfigurationError(f"The layout is for {layout.world_size} devices, not {devices}.")
         return _plan(name, shape, cluster, workload, layout, estimate(shape, layout, workload, cluster))
     batch = global_batch or default_global_batch(shape.num_parameters, workload.seq_len, devices)
-    found = search(shape, cluster, workload, batch, options)
+    choice = choose(shape, cluster, workload, batch, options or Options(), engine)
+    found = choice.found
     return _plan(
         name,
         shape,
@@ -244,7 +251,7 @@ def plan(
         workload,
         found.layout,
         found.estimate,
-        reasons=reasons(found, shape, workload, cluster),
+        reasons=(*choice.reasons, *reasons(found, shape, workload, cluster)),
         departures=departures(found, shape, workload, cluster),
         runner_ups=tuple(
             Alternative(other, result.step_seconds, result.mfu, result.memory.total)
@@ -252,7 +259,18 @@ def plan(
         ),
         considered=found.considered,
         fitting=found.fitting,
+        others=choice.others,
     )
+
+
+def _with_host(row: Device, memory_gib: float | None, nvme_gb: float | None) -> Device:
+    """The device in a node with so much memory and so large disks."""
+    host = row.host
+    if memory_gib is not None:
+        host = replace(host, memory=memory_gib * GIB)
+    if nvme_gb is not None:
+        host = replace(host, disk=nvme_gb * GB)
+    return replace(row, host=host)
 
 
 def _plan(
@@ -271,6 +289,8 @@ def _plan(
         devices=cluster.count,
         devices_per_node=cluster.per_node,
         device_memory=cluster.memory,
+        host_memory=cluster.device.host.memory,
+        disk=cluster.device.host.disk,
         layout=layout,
         workload=workload,
         estimate=result,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_llm.errors import ConfigurationError
-from lightning_llm.planner.memory import GIB
+from lightning_llm.planner.hosts import GIB
 from lightning_llm.planner.plan import Plan
 
 FORMATS = (".svg", ".png", ".pdf")

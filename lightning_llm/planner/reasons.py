@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lightning_llm.planner.estimate import Cluster, estimate
+from lightning_llm.planner.hosts import GIB
 from lightning_llm.planner.layout import Layout, Workload
-from lightning_llm.planner.memory import GIB, worst_memory
+from lightning_llm.planner.memory import worst_memory
 from lightning_llm.planner.search import Found, states_over_memory
 from lightning_llm.planner.shape import Shape
 
@@ -82,7 +83,7 @@ def tree_advice(shape: Shape, cluster: Cluster) -> tuple[float, str]:
 def _from_tree(layout: Layout, shape: Shape, workload: Workload, cluster: Cluster) -> list[str]:
     over, advice = tree_advice(shape, cluster)
     lines = []
-    if over <= 1 and layout.zero_stage > 1:
+    if over <= 1 and layout.zero_stage > 1 and layout.engine == "fsdp2":
         lines.append(
             f"The tree says {advice} for a model whose states fit ({over:.1f}x a device): FSDP2 shards gradients and "
             f"optimizer states together at no cost, so this is ZeRO-{layout.zero_stage}."

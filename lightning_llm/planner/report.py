@@ -10,9 +10,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lightning_llm.planner.choice import needs
+from lightning_llm.planner.engines import TITLES
+from lightning_llm.planner.hosts import GB, GIB
 from lightning_llm.planner.layout import Layout
-from lightning_llm.planner.memory import GIB
 from lightning_llm.planner.plan import Plan
+from lightning_llm.planner.strategy import strategy_of
 from lightning_llm.planner.timeline import Timeline
 
 BAR = 30
@@ -23,7 +26,7 @@ MAX_ROWS = 16
 def render(plan: Plan, console: Console | None = None) -> None:
     """Prints everything that a plan says."""
     console = console or Console(highlight=False, soft_wrap=True)
-    layout, result = plan.layout, plan.estimate
+    layout = plan.layout
     tokens = layout.global_batch * plan.workload.seq_len
     console.print(
         f"[bold]{plan.model}[/bold] ({plan.num_parameters / 1e9:.1f}B parameters) on {plan.devices} x {plan.device}, "
@@ -34,14 +37,18 @@ def render(plan: Plan, console: Console | None = None) -> None:
         f"{plan.workload.precision}\n"
     )
     if not plan.fits:
-        over = result.memory.total / plan.device_memory
-        console.print(f"[red]It does not fit:[/red] it needs {over:.2f}x the memory of a device.\n")
+        console.print(f"[red]It does not fit:[/red] it needs {_over(plan)}.\n")
     console.print(Text(yaml.safe_dump(plan.run_file(), sort_keys=False)), end="")
     for title, lines in (("why", plan.reasons), ("where this departs from the usual advice", plan.departures)):
         if lines:
             console.print(f"\n[bold]{title}[/bold]")
             for line in lines:
                 console.print(Text(f"- {line}"))
+    for other in plan.others:
+        console.print(f"\n[bold]with {TITLES[other.engine]}[/bold]")
+        console.print(Text(f"- {other.why}{'' if other.layout is None else ': ' + needs(other)}."))
+        if other.layout is not None:
+            console.print(Text(yaml.safe_dump({"strategy": strategy_of(other.layout)}, sort_keys=False)), end="")
     console.print()
     console.print(_memory_table(plan))
     if plan.traffic:
@@ -56,6 +63,16 @@ def render(plan: Plan, console: Console | None = None) -> None:
         console.print(Text(draw_timeline(plan.timeline)))
 
 
+def _over(plan: Plan) -> str:
+    """What there is not enough of."""
+    result = plan.estimate
+    if result.memory.total > plan.device_memory:
+        return f"{result.memory.total / plan.device_memory:.2f}x the memory of a device"
+    if result.host_bytes > plan.host_memory:
+        return f"{result.host_bytes / GB:,.0f} GB of host memory a node, of {plan.host_memory / GB:,.0f}"
+    return f"{result.disk_bytes / GB:,.0f} GB of NVMe a node, of {plan.disk / GB:,.0f}"
+
+
 def _memory_table(plan: Plan) -> Table:
     memory = plan.estimate.memory
     rank = f", pipeline rank {plan.estimate.memory_rank}" if plan.layout.pipeline_parallel_size > 1 else ""
@@ -66,6 +83,12 @@ def _memory_table(plan: Plan) -> Table:
         table.add_row(name.replace("_", " "), f"{size / GIB:.2f}", "█" * round(BAR * size / plan.device_memory))
     share = memory.total / plan.device_memory
     table.add_row("total", f"{memory.total / GIB:.2f}", f"{share:.0%} of {plan.device_memory / GIB:.0f} GiB")
+    for place, size, whole in (
+        ("host memory of a node", plan.estimate.host_bytes, plan.host_memory),
+        ("NVMe of a node", plan.estimate.disk_bytes, plan.disk),
+    ):
+        if size:
+            table.add_row(place, f"{size / GIB:.2f}", f"{size / whole:.0%} of {whole / GIB:,.0f} GiB" if whole else "")
     return table
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.models.config import DecoderConfig
+from lightning_llm.planner.candidates import Options
 from lightning_llm.planner.devices import device
 from lightning_llm.planner.estimate import Cluster
 from lightning_llm.planner.layout import Layout, Recompute, Workload
 from lightning_llm.planner.plan import default_global_batch
-from lightning_llm.planner.search import Options, search
+from lightning_llm.planner.search import search
 from lightning_llm.planner.shape import Shape
 
 
@@ -22,9 +23,12 @@ def choose_sizes(
     seq_len: int | None = None,
     global_batch: int | None = None,
     precision: str = "bf16-mixed",
-    zero_stage: int = 3,
+    zero_stage: int | None = 3,
     recompute: Recompute = "none",
     pipeline_schedule: str = "1F1B",
+    engine: str = "fsdp2",
+    offload_optimizer: str | None = None,
+    offload_parameters: str | None = None,
     tensor_parallel_size: int | None = None,
     pipeline_parallel_size: int | None = None,
     context_parallel_size: int | None = 1,
@@ -41,7 +45,9 @@ def choose_sizes(
         device_name: The row of the device table that speeds and links are taken from.
         seq_len: Tokens per sequence; None: what the model is meant for, up to 8,192.
         global_batch: Sequences per optimizer step; None: a usual one for the model's size.
-        precision, zero_stage, recompute, pipeline_schedule: As the run has them.
+        zero_stage: As the run has it, or None to choose.
+        precision, recompute, pipeline_schedule: As the run has them.
+        engine, offload_optimizer, offload_parameters: As the run has them; see `Layout`.
         tensor_parallel_size, pipeline_parallel_size, context_parallel_size, expert_parallel_size, replicate_size: A
             size that is given, or None to choose.
 
@@ -55,12 +61,15 @@ def choose_sizes(
     shape = Shape.of(config)
     workload = Workload(seq_len=seq_len or min(8192, config.max_position_embeddings), precision=precision)
     options = Options(
+        engine=engine,
+        offload_optimizer=offload_optimizer,
+        offload_parameters=offload_parameters,
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size,
         context_parallel_size=context_parallel_size,
         expert_parallel_size=expert_parallel_size,
         replicate_size=replicate_size,
-        zero_stages=(zero_stage,),
+        zero_stages=None if zero_stage is None else (zero_stage,),
         recomputes=(recompute,),
         schedules=(pipeline_schedule,),
         stages_per_rank=(2,),

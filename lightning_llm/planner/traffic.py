@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from lightning_llm.planner.activations import blocks_of
 from lightning_llm.planner.devices import Device
+from lightning_llm.planner.engines import gradient_bytes
 from lightning_llm.planner.layout import Layout, Workload
 from lightning_llm.planner.memory import stage_bytes
 from lightning_llm.planner.shape import Shape, Stage, Unit, sizes_of
@@ -20,6 +21,12 @@ NODE_HOP, NETWORK_HOP = 1.5e-6, 10e-6  # seconds of a message to a neighbour: a 
 # What is hidden behind compute is not free: the channels of a collective occupy up to 32 of an H100's 132
 # multiprocessors while it runs (NCCL_MAX_CTAS), and memory bandwidth with them.
 OVERLAP_COST = 0.2
+# Of a drive's peak, what DeepSpeed's asynchronous reads and writes reach: 3.69 of 5.6 GB/s and 3.18 of 4.3 GB/s
+# (DeepNVMe tutorial, https://www.deepspeed.ai/tutorials/deepnvme).
+DISK_EFFICIENCY = 0.7
+# Of the host's memory bandwidth, what Adam on the CPU reaches: 10 billion parameters of 28 bytes take CPU-Adam 2.57 s
+# on a DGX-2 (ZeRO-Offload, https://arxiv.org/abs/2101.06840, table 4), whose 12 channels of DDR4-2666 have 256 GB/s.
+HOST_EFFICIENCY = 0.43
 AXES = ("tp", "cp", "ep", "fsdp", "replicate", "pp")
 
 
@@ -30,7 +37,7 @@ class AxisTraffic:
     Attributes:
         sends: Bytes that the busiest device sends per step.
         operations: How many operations that is.
-        link: "node" or "network".
+        link: "node", "network", "host" or "disk".
         bandwidth: Bytes per second and direction that a device has on this axis.
         latency: Seconds that an operation costs besides.
         note: What travels.
@@ -58,7 +65,7 @@ class Link(NamedTuple):
     """What an axis' messages travel over.
 
     Attributes:
-        kind: "node" or "network".
+        kind: "node", "network", "host" or "disk".
         bandwidth: Bytes per second and direction that a device has.
         latency: Seconds that one collective waits for messages to go round.
     """
@@ -87,7 +94,9 @@ def link_of(device: Device, per_node: int, stride: int, size: int) -> Link:
 
 
 def links_of(layout: Layout, device: Device, per_node: int) -> dict[str, Link]:
-    """The link of every axis; ranks are arranged as in `ParallelDims`."""
+    """The link of every axis; ranks are arranged as in `ParallelDims`. Besides what offloading uses: a device's way to
+    the host ("host"), its share of the node's memory bandwidth ("host_memory") and disks ("disk_read", "disk_write").
+    """
     tensor, context, shard = layout.tensor_parallel_size, layout.context_parallel_size, layout.shard_size
     inner, expert = tensor * context * shard, layout.expert_parallel_size
     neighbour = link_of(device, per_node, inner * layout.replicate_size, layout.pipeline_parallel_size)
@@ -99,6 +108,10 @@ def links_of(layout: Layout, device: Device, per_node: int) -> dict[str, Link]:
         "fsdp": link_of(device, per_node, tensor, context * shard),
         "replicate": link_of(device, per_node, inner, layout.replicate_size),
         "pp": neighbour._replace(latency=hop),
+        "host": Link("host", device.host_link * LINK_EFFICIENCY, NODE_HOP),
+        "host_memory": Link("host", device.host.memory_bandwidth * HOST_EFFICIENCY / per_node, 0.0),
+        "disk_read": Link("disk", device.host.disk_read * DISK_EFFICIENCY / per_node, 0.0),
+        "disk_write": Link("disk", device.host.disk_write * DISK_EFFICIENCY / per_node, 0.0),
     }
 
 
@@ -161,12 +174,12 @@ def parameter_traffic(shape: Shape, stage: Stage, layout: Layout, workload: Work
     experts = cost.whole_experts
     # Bytes that one pass over all the stage's elements sends, per byte of an element.
     once = ring(cost.whole - experts, layout.sharding_size) + ring(experts, layout.expert_sharding_size)
-    e, p = workload.compute_bytes, workload.parameter_bytes
+    e, p = workload.compute_bytes, gradient_bytes(layout, workload)
     if layout.zero_stage == 0:  # an all-reduce over the data ranks: as much as a reduction and a gather
         replicas = 2 * ring(p * cost.whole, layout.replicate_size)
         return ParameterTraffic(gathers=0, reductions=1, gather=0.0, reduce=2 * p * once, replicate=replicas)
     again = layout.zero_stage == 3 and not pipelined
-    root = stage.root.gathered(layout.tensor_parallel_size, layout.expert_parallel_size)
+    root = stage.root.gathered(layout.vocabulary_split, layout.expert_parallel_size)
     return ParameterTraffic(
         gathers=2 * rounds if again else 1,
         kept=rounds * ring(e * root, layout.sharding_size) if again else 0.0,
@@ -195,7 +208,7 @@ def traffic_of_rank(
             operations["cp"] += times * (layout.context_parallel_size - 1)
             operations["ep"] += 2 * times
         for is_end in (stage.is_first, stage.is_last):  # embedding and head: one reduction or gather each way
-            sends["tp"] += m * 2 * ring(boundary * layout.sequence_split, layout.tensor_parallel_size) * is_end
+            sends["tp"] += m * 2 * ring(boundary * layout.sequence_split, layout.vocabulary_split) * is_end
         parameters = parameter_traffic(shape, stage, layout, workload)
         sends["fsdp"] += parameters.gathers * parameters.gather - parameters.kept
         sends["fsdp"] += parameters.reductions * parameters.reduce

@@ -114,6 +114,7 @@ def _by_planner(
         zero_stage=settings.zero_stage,
         recompute="selective" if isinstance(settings.recompute, float) else settings.recompute,
         pipeline_schedule=settings.schedule.name,
+        offload_parameters=settings.offload_parameters,
         **given,  # type: ignore[arg-type]
     )
     return {name: getattr(found, name) for name in undecided}

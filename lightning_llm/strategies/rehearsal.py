@@ -16,7 +16,7 @@ from lightning_llm import planner
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.models.config import DecoderConfig
 from lightning_llm.models.decoder import Decoder
-from lightning_llm.planner.memory import GIB
+from lightning_llm.planner.hosts import GIB
 from lightning_llm.strategies.checks import check_plan
 from lightning_llm.strategies.layout import Layout
 from lightning_llm.strategies.mesh import ParallelDims
@@ -55,6 +55,11 @@ def rehearse(
     """
     if dist.is_initialized():
         raise ConfigurationError("A dry run fakes its process group, so it must not run within a distributed run.")
+    if layout.engine != "fsdp2" or layout.offloads:
+        raise ConfigurationError(
+            f"A dry run builds what LLM3DStrategy keeps on its devices, and this plan is {layout.describe_zero()}. "
+            "Leave out the dry run, or plan without offloading for the engine fsdp2."
+        )
     dims = ParallelDims(**layout.sizes())
     rank = pipeline_rank * dims.ranks_per_stage
     dist.init_process_group("fake", rank=rank, world_size=dims.world_size, store=FakeStore())

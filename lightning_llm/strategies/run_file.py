@@ -37,7 +37,13 @@ class _Reader(LightningCLI):
 
 
 def plan_of_run(
-    path: str | Path, device: str, *, devices: int | None = None, memory_gib: float | None = None
+    path: str | Path,
+    device: str,
+    *,
+    devices: int | None = None,
+    memory_gib: float | None = None,
+    host_memory_gib: float | None = None,
+    nvme_gb: float | None = None,
 ) -> tuple[Plan, DecoderConfig]:
     """The plan of exactly the layout that a run file asks for, and its model.
 
@@ -46,6 +52,7 @@ def plan_of_run(
         device: A row of the device table.
         devices: In all, where the file says "auto".
         memory_gib: Of one device, if not what the table says.
+        host_memory_gib, nvme_gb: Of a node, if not what the table says.
 
     Raises:
         ConfigurationError: The file is missing, is not for `LLM3DStrategy`, or asks for what the strategy refuses.
@@ -62,10 +69,9 @@ def plan_of_run(
     dims = resolve_dims(model, strategy.sizes, world_size=per_node * nodes, devices_per_node=per_node)
     settings = strategy.layout
     made_plan = check_plan(model, dims, settings)
-    if settings.offload_parameters or (isinstance(settings.recompute, float) and settings.recompute < 1):
+    if isinstance(settings.recompute, float) and settings.recompute < 1:
         raise ConfigurationError(
-            "The planner has no figures for offload_parameters, nor for recompute as a memory budget: leave them out "
-            "to have the rest estimated."
+            "The planner has no figures for recompute as a memory budget: leave it out to have the rest estimated."
         )
     data = TokenDataModule(**config.data.as_dict())
     accumulate = trainer.accumulate_grad_batches
@@ -95,6 +101,7 @@ def plan_of_run(
         recompute=settings.recompute if isinstance(settings.recompute, str) else int(settings.recompute),
         microbatch_size=math.ceil(local / count),
         microbatches=count * accumulate,
+        offload_parameters=settings.offload_parameters,
     )
     made = plan(
         architecture,
@@ -105,6 +112,8 @@ def plan_of_run(
         precision=PRECISIONS.get(trainer.precision, trainer.precision),
         devices_per_node=per_node,
         memory_gib=memory_gib,
+        host_memory_gib=host_memory_gib,
+        nvme_gb=nvme_gb,
         layout=layout,
     )
     return made, architecture

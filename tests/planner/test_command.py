@@ -11,7 +11,7 @@ import pytest
 
 from lightning_llm.cli import main
 from lightning_llm.planner import Plan
-from lightning_llm.planner.memory import GIB
+from lightning_llm.planner.hosts import GIB
 from tests.commands import call_forked
 
 call = partial(call_forked, "plan")
@@ -45,7 +45,7 @@ def test_the_table_and_the_plot(tmp_path: Path) -> None:
     [
         (("--model", "llama3-8b"), "plan needs --model and --devices"),
         (("--model", "llama9", "--devices", 8), "There is no preset 'llama9'"),
-        (("--model", "llama3-70b", "--devices", 8), "needs 1.8x the memory"),
+        (("--model", "llama3-70b", "--devices", 8, "--host-memory-gib", 64), "needs 1.8x the memory"),
         (("--config", "nowhere.yaml"), "There is no run file nowhere.yaml"),
     ],
 )
@@ -56,6 +56,15 @@ def test_mistakes_end_with_one_sentence(
     assert main() == 2
     printed = capsys.readouterr()
     assert message in printed.err and printed.out == ""
+
+
+def test_another_engine_has_no_dry_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["lightning-llm", "plan", "--model", "llama3-8b", "--devices", "8", "--engine", "deepspeed", "--dry-run"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert main() == 2
+    printed = capsys.readouterr()
+    assert "A dry run builds what LLM3DStrategy keeps" in printed.err
+    assert "class_path: lightning_llm.LLM3DDeepSpeedStrategy" in printed.out
 
 
 RUN = """
@@ -70,6 +79,20 @@ trainer:
     class_path: lightning_llm.LLM3DStrategy
     init_args: {{tensor_parallel_size: {tensor}, pipeline_parallel_size: {pipeline}, microbatches: 8}}
 """
+
+
+def test_a_run_file_that_offloads_is_weighed_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run.yaml"
+    text = RUN.format(tensor=2, pipeline=1).replace("microbatches: 8", "offload_parameters: cpu, recompute: full")
+    run.write_text(text.replace("  num_nodes", "  accumulate_grad_batches: 8\n  num_nodes"))
+    monkeypatch.setattr(sys, "argv", ["lightning-llm", "plan", "--config", str(run), "--json"])
+    assert main() == 0
+    made = Plan.from_json(capsys.readouterr().out)
+    assert made.layout.offload_parameters == "cpu"
+    assert made.estimate.memory.parameters == made.estimate.memory.optimizer == 0
+    assert made.estimate.host_bytes > 8 * made.num_parameters  # half of 16 bytes a parameter on each of two nodes
 
 
 def test_a_run_file_is_weighed_as_it_is(tmp_path: Path) -> None:

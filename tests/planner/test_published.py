@@ -11,8 +11,9 @@ from __future__ import annotations
 import pytest
 
 from lightning_llm.planner.estimate import Cluster, estimate
+from lightning_llm.planner.hosts import GIB
 from lightning_llm.planner.layout import Layout, Workload
-from lightning_llm.planner.memory import GIB, worst_memory
+from lightning_llm.planner.memory import worst_memory
 from tests.planner.shapes import h100s, shape_of
 
 PIPELINE = {"tensor_parallel_size": 8, "pipeline_parallel_size": 8, "microbatches": 8, "recompute": "full"}

@@ -91,13 +91,13 @@ def test_long_sequences_are_shared_by_context_ranks() -> None:
 
 def test_what_fits_nowhere_names_the_closest_miss_and_the_way_out() -> None:
     with pytest.raises(ConfigurationError) as refused:
-        plan("llama3-70b", 8)
+        plan("llama3-70b", 8, host_memory_gib=64)
     message = str(refused.value)
     for part in (
         "70.6B parameters do not fit on 8 x h100 with 80 GiB",
         "needs 1.8x the memory",
         "more devices (16 would do)",
-        "offloaded",
+        "Also tried: ZeRO-3 with parameters and optimizer on the CPU needs 1,163 GB of host memory a node, of 69",
     ):
         assert part in message, message
     assert plan("llama3-70b", 16).fits  # the advice holds
@@ -117,6 +117,7 @@ def test_what_fits_nowhere_names_the_closest_miss_and_the_way_out() -> None:
         ({"devices_per_node": 3}, "not a whole number of nodes"),
         ({"model": "llama9"}, "no preset 'llama9'"),
         ({"devices": 0}, "at least 1"),
+        ({"engine": "horovod"}, "must be one of auto, fsdp2, deepspeed"),
     ],
 )
 def test_refusals(arguments: dict[str, object], why: str) -> None:
@@ -131,6 +132,18 @@ def test_choose_sizes_keeps_what_the_run_has_fixed() -> None:
     assert layout.world_size == 64 and layout.recompute == "full" and layout.zero_stage == 2
     fixed = choose_sizes(config, 64, 8, recompute="full", tensor_parallel_size=8, pipeline_parallel_size=4)
     assert (fixed.tensor_parallel_size, fixed.pipeline_parallel_size, fixed.data_parallel_size) == (8, 4, 2)
+
+
+def test_choose_sizes_offloads_where_the_run_does() -> None:
+    config = DecoderConfig.preset("llama3-70b")
+    with pytest.raises(ConfigurationError, match="optimizer states offloaded to the host"):
+        choose_sizes(config, 8, 8, recompute="full")
+    for given_settings in (
+        {"offload_parameters": "cpu"},
+        {"engine": "deepspeed", "zero_stage": None, "offload_optimizer": "cpu"},
+    ):
+        layout = choose_sizes(config, 8, 8, recompute="full", **given_settings)  # type: ignore[arg-type]
+        assert layout.offloads and layout.engine == given_settings.get("engine", "fsdp2")
 
 
 def test_choose_sizes_gives_small_models_data_parallelism_alone() -> None:

@@ -70,7 +70,7 @@ def test_automatic_devices_need_a_number(tmp_path: Path) -> None:
         ("{tensor_parallel_size: 4}", r"tensor_parallel_size\(4\) does not divide num_attention_heads\(6\)"),
         ("{pipeline_parallel_size: 8}", "more than the 6 layers"),
         ("{pipeline_parallel_size: 4, microbatches: 3}", r"microbatches\(3\)"),
-        ("{offload_parameters: cpu}", "no figures for offload_parameters"),
+        ("{recompute: 0.5, compile: true}", "no figures for recompute as a memory budget"),
         ("{data_parallel_size: 8, replicate_size: 3}", r"replicate_size\(3\) does not divide"),
     ],
 )
