@@ -129,5 +129,8 @@ def _wait(pids: dict[int, int], timeout: float) -> dict[int, str]:
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
-    """A DTensor's whole value."""
+    """The whole value of a DTensor, or of a parameter that ZeRO-3 shares out. Collective."""
+    if hasattr(tensor, "ds_id"):
+        with import_module("deepspeed").zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -24,6 +24,7 @@ from tests.strategies.training import (
     loader,
     make_module,
     make_trainer,
+    on_deepspeed,
     train,
 )
 
@@ -67,10 +68,6 @@ WHOLE_SEQUENCE = {"sequence_parallel": False}
 
 def by(schedule: str) -> dict[str, Any]:
     return {**PP2, "pipeline_schedule": schedule}
-
-
-def on_deepspeed(zero_stage: int, **settings: Any) -> dict[str, Any]:
-    return {"engine": "deepspeed", "zero_stage": zero_stage, **settings}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_llm import LLM3DStrategy, LLMModule, TokenDataModule
+from lightning_llm import LLMModule, TokenDataModule
 from lightning_llm.data.tokenize import tokenize
 from lightning_llm.strategies.mesh import ParallelDims
 from lightning_llm.strategies.precision import PARAMETER_DTYPES
@@ -32,18 +33,16 @@ from tests.strategies.training import (
     make_module,
     make_strategy,
     make_trainer,
+    on_deepspeed,
 )
 
 TP2 = {"tensor_parallel_size": 2}
 PP2 = {"pipeline_parallel_size": 2}
-DS0 = {"engine": "deepspeed", "zero_stage": 0}
-DS1 = {"engine": "deepspeed", "zero_stage": 1}
-DS3 = {"engine": "deepspeed", "zero_stage": 3}
 # Ranks, and how they share the work.
 LAYOUTS = {
     "pp2 x tp2": (4, {**TP2, **PP2}),
-    "DeepSpeed pp2 x tp2": (4, {**DS1, **TP2, **PP2}),
-    "DeepSpeed ZeRO-3": (2, DS3),
+    "DeepSpeed pp2 x tp2": (4, on_deepspeed(1, **TP2, **PP2)),
+    "DeepSpeed ZeRO-3": (2, on_deepspeed(3)),
 }
 in_every_layout = pytest.mark.parametrize(("world_size", "sizes"), LAYOUTS.values(), ids=LAYOUTS)
 TIED = SMALL.replace(tie_word_embeddings=True)
@@ -192,7 +191,7 @@ def predict(world_size: int, sizes: dict[str, Any]) -> list[Tensor]:
     return trainer.predict(make_module(), loader(trainer, strategy, rows=8))
 
 
-@pytest.mark.parametrize("sizes", [TP2, {**DS0, **TP2}], ids=["tp2", "DeepSpeed tp2"])
+@pytest.mark.parametrize("sizes", [TP2, on_deepspeed(0, **TP2)], ids=["tp2", "DeepSpeed tp2"])
 def test_predictions_are_whole_without_a_pipeline_too(sizes: dict[str, Any]) -> None:
     (expected,) = run_distributed(predict, 1, 1, {})[0]
     for (logits,) in run_distributed(predict, 2, 2, sizes):
@@ -281,7 +280,7 @@ def run_out_of_time(world_size: int, sizes: dict[str, Any]) -> int:
     return trainer.global_step
 
 
-@pytest.mark.parametrize("sizes", [PP2, DS3], ids=["pp2", "DeepSpeed ZeRO-3"])
+@pytest.mark.parametrize("sizes", [PP2, on_deepspeed(3)], ids=["pp2", "DeepSpeed ZeRO-3"])
 def test_the_time_is_up_for_all_ranks_at_once(sizes: dict[str, Any]) -> None:
     assert run_distributed(run_out_of_time, 2, 2, sizes) == [3, 3]
 
@@ -307,10 +306,18 @@ def in_precisions(world_size: int, sizes: dict[str, Any], names: list[str]) -> d
     return seen
 
 
-def test_every_precision_trains_close_to_float32() -> None:
+@pytest.mark.parametrize(
+    ("world_size", "sizes", "limits"),
+    [
+        pytest.param(4, {**TP2, **PP2}, {"64-true": 1e-4, "bf16-mixed": 0.02, "bf16-true": 0.05}, id="pp2 x tp2"),
+        pytest.param(2, on_deepspeed(1, **PP2), {"bf16-true": 0.02}, id="DeepSpeed pp2"),
+    ],
+)
+def test_every_precision_trains_close_to_float32(
+    world_size: int, sizes: dict[str, Any], limits: dict[str, float]
+) -> None:
     expected = run_distributed(in_precisions, 1, 1, {}, ["32-true"])[0]["32-true"]
-    limits = {"64-true": 1e-4, "bf16-mixed": 0.02, "bf16-true": 0.05}
-    for seen in run_distributed(in_precisions, 4, 4, {**TP2, **PP2}, list(limits)):
+    for seen in run_distributed(in_precisions, world_size, world_size, sizes, list(limits)):
         for name, limit in limits.items():
             assert seen[name]["dtypes"] == {PARAMETER_DTYPES[name]}
             assert seen[name]["losses"] == pytest.approx(expected["losses"], abs=limit), name
@@ -320,9 +327,20 @@ def test_every_precision_trains_close_to_float32() -> None:
             assert seen[name]["norms"] == pytest.approx(expected["norms"], rel=2 * limit), name
 
 
-def test_a_precision_that_is_not_there_is_refused_at_once() -> None:
-    with pytest.raises(ValueError, match=r"precision='16-true' is not available here\. Use one of 64-true, 32-true"):
-        make_trainer(LLM3DStrategy(), 1, precision="16-true")
+@pytest.mark.parametrize(
+    ("sizes", "precision", "message"),
+    [
+        ({}, "16-true", r"precision='16-true' is not available here\. Use one of 64-true, 32-true"),
+        (
+            on_deepspeed(1),
+            "64-true",
+            r"precision='64-true' is not available on DeepSpeed's engine\. Use one of 32-true",
+        ),
+    ],
+)
+def test_a_precision_that_is_not_there_is_refused_at_once(sizes: dict[str, Any], precision: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_trainer(make_strategy(sizes), 1, precision=precision)
 
 
 def fit_again(world_size: int, sizes: dict[str, Any]) -> dict[str, Any]:
@@ -337,9 +355,14 @@ def fit_again(world_size: int, sizes: dict[str, Any]) -> dict[str, Any]:
     return {"losses": recorder.losses, "between": between, "global_step": trainer.global_step}
 
 
+@functools.cache
+def fitted_again() -> dict[str, Any]:
+    return run_distributed(fit_again, 1, 1, {})[0]
+
+
 @in_every_layout
 def test_a_second_fit_goes_on(world_size: int, sizes: dict[str, Any]) -> None:
-    one = run_distributed(fit_again, 1, 1, {})[0]
+    one = fitted_again()
     assert one["global_step"] == 8 and len(one["losses"]) == 8 and one["losses"][4] < one["losses"][0] - 0.05
     for seen in run_distributed(fit_again, world_size, world_size, sizes):
         assert seen["losses"] == pytest.approx(one["losses"], abs=TOLERANCE)
@@ -355,7 +378,7 @@ def use_twice(sizes: dict[str, Any]) -> None:
         trainer.fit(module, loader(trainer, strategy))
 
 
-@pytest.mark.parametrize("sizes", [PP2, {}, DS3], ids=["pp2", "dp2", "DeepSpeed ZeRO-3"])
+@pytest.mark.parametrize("sizes", [PP2, {}, on_deepspeed(3)], ids=["pp2", "dp2", "DeepSpeed ZeRO-3"])
 def test_a_module_that_was_cut_is_not_cut_again(sizes: dict[str, Any]) -> None:
     with pytest.raises(AssertionError, match=r"This Decoder was cut into its parallel parts by an earlier Trainer"):
         run_distributed(use_twice, 2, sizes)
@@ -387,9 +410,14 @@ def by_epochs(
     }
 
 
-@pytest.mark.parametrize("sizes", [PP2, {**DS0, **PP2}], ids=["pp2", "DeepSpeed pp2"])
+@functools.cache
+def by_epochs_of_one_process(corpus: Path) -> dict[str, Any]:
+    return run_distributed(by_epochs, 1, 1, {}, corpus)[0]
+
+
+@pytest.mark.parametrize("sizes", [PP2, on_deepspeed(0, **PP2)], ids=["pp2", "DeepSpeed pp2"])
 def test_epochs_of_a_token_data_module_set_the_length_of_the_run(corpus: Path, sizes: dict[str, Any]) -> None:
-    one = run_distributed(by_epochs, 1, 1, {}, corpus)[0]
+    one = by_epochs_of_one_process(corpus)
     assert one["rate"] == pytest.approx(5e-4), "the schedule has reached its minimum"
     for seen in run_distributed(by_epochs, 2, 2, sizes, corpus):
         assert seen["steps"][0] == seen["steps"][1] == len(seen["losses"]) > 4
@@ -423,14 +451,12 @@ def by_name(name: str) -> tuple[ParallelDims, list[float]]:
 def test_the_strategy_by_name_chooses_sizes_that_fit(name: str) -> None:
     (dims, losses), (same, _) = run_distributed(by_name, 2, name)
     assert dims == same == ParallelDims(world_size=2, data_parallel_size=2), "a small model needs data ranks alone"
-    one = run_distributed(fit_again, 1, 1, {})[0]["losses"]
+    one = fitted_again()["losses"]
     assert losses[0] == pytest.approx(one[0], abs=TOLERANCE)
 
 
 def sharded_by_world_rank(sizes: dict[str, Any], loop: str) -> None:
-    trainer = make_trainer(
-        make_strategy(sizes), 2, max_steps=2, use_distributed_sampler=False, num_sanity_val_steps=0
-    )
+    trainer = make_trainer(make_strategy(sizes), 2, max_steps=2, use_distributed_sampler=False, num_sanity_val_steps=0)
     rows = TokenRows(rows=16)
     wrong = DataLoader(rows, batch_size=4, sampler=DistributedSampler(rows, 2, torch.distributed.get_rank()))
     if loop == "fit":
@@ -440,7 +466,7 @@ def sharded_by_world_rank(sizes: dict[str, Any], loop: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "loop"), [(TP2, "fit"), (TP2, "validate"), (PP2, "fit"), (PP2, "test"), ({**DS0, **PP2}, "fit")]
+    ("sizes", "loop"), [(TP2, "fit"), (TP2, "validate"), (PP2, "fit"), (PP2, "test"), (on_deepspeed(0, **PP2), "fit")]
 )
 def test_a_loader_that_shards_by_world_rank_is_refused(sizes: dict[str, Any], loop: str) -> None:
     message = r"Ranks 0 and 1 work on the same samples \(data coordinate 0\) but were handed different batches\..*"
@@ -465,7 +491,7 @@ def with_odd_sequences(sizes: dict[str, Any]) -> list[float]:
 def test_sequences_that_do_not_divide_are_refused_before_the_sanity_check() -> None:
     with pytest.raises(AssertionError, match=r"sequence length\(15\) is not divisible by tensor_parallel_size\(2\)"):
         run_distributed(with_odd_sequences, 2, TP2)
-    for sizes in ({**TP2, "sequence_parallel": False}, {**DS0, **TP2}):
+    for sizes in ({**TP2, "sequence_parallel": False}, on_deepspeed(0, **TP2)):
         assert len(run_distributed(with_odd_sequences, 2, sizes)[0]) == 1, "as the message says"
 
 
@@ -476,7 +502,7 @@ def with_ragged_loaders(world_size: int, sizes: dict[str, Any]) -> dict[str, Any
     return {"losses": recorder.losses, "val_loss": float(trainer.callback_metrics["val_loss"])}
 
 
-@pytest.mark.parametrize("sizes", [PP2, {**DS1, **PP2}], ids=["pp2", "DeepSpeed pp2"])
+@pytest.mark.parametrize("sizes", [PP2, on_deepspeed(1, **PP2)], ids=["pp2", "DeepSpeed pp2"])
 def test_a_smaller_last_batch_does_not_end_a_pipelines_run(sizes: dict[str, Any]) -> None:
     one = run_distributed(with_ragged_loaders, 1, 1, {})[0]
     for seen in run_distributed(with_ragged_loaders, 2, 2, sizes):
