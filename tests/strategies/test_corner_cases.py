@@ -12,23 +12,45 @@ from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_llm import LLM3DStrategy, LLMModule
+from lightning_llm import LLMModule
 from tests.distributed import run_distributed
 from tests.strategies.test_parity import EP2, MODELS, PP2, TP2
-from tests.strategies.training import SMALL, VOCAB, Recorder, TokenRows, loader, make_module, make_trainer
+from tests.strategies.training import (
+    SMALL,
+    VOCAB,
+    Recorder,
+    TokenRows,
+    loader,
+    make_module,
+    make_strategy,
+    make_trainer,
+    on_deepspeed,
+)
 
 
 def evaluate_then_fit(world_size: int, sizes: dict[str, Any], first: str) -> list[float]:
-    strategy, recorder = LLM3DStrategy(**sizes), Recorder()
+    strategy, recorder = make_strategy(sizes), Recorder()
     trainer = make_trainer(strategy, world_size, callbacks=[recorder], max_steps=4, limit_val_batches=1)
-    module = make_module()
+    module = make_module(MODELS["moe" if "expert_parallel_size" in sizes else "tied"])
     if first:
         getattr(trainer, first)(module, loader(trainer, strategy, rows=8))
     trainer.fit(module, loader(trainer, strategy), loader(trainer, strategy, rows=16))
     return [*recorder.losses, *recorder.grad_norms]
 
 
-@pytest.mark.parametrize("sizes", [{"zero_stage": 0}, {"zero_stage": 2}, {}], ids=["ZeRO-0", "ZeRO-2", "ZeRO-3"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param({"zero_stage": 0}, id="ZeRO-0"),
+        pytest.param({"zero_stage": 2}, id="ZeRO-2"),
+        pytest.param({}, id="ZeRO-3"),
+        pytest.param(on_deepspeed(0), id="DeepSpeed ZeRO-0", marks=pytest.mark.slow),
+        pytest.param(on_deepspeed(1), id="DeepSpeed ZeRO-1"),
+        pytest.param(on_deepspeed(2, **EP2), id="DeepSpeed ep2 ZeRO-2"),
+        pytest.param(on_deepspeed(3), id="DeepSpeed ZeRO-3"),
+        pytest.param(on_deepspeed(1, **PP2), id="DeepSpeed pp2"),
+    ],
+)
 @pytest.mark.parametrize("first", ["validate", "predict"])
 def test_an_evaluation_before_changes_nothing(sizes: dict[str, Any], first: str) -> None:
     expected = run_distributed(evaluate_then_fit, 2, 2, sizes, "")
@@ -40,7 +62,7 @@ def fit_on_from_a_checkpoint(world_size: int, sizes: dict[str, Any], folder: Pat
     recorders = []
     trainer: Any = None
     for steps, path in ((3, None), (6, folder / "ckpt")):
-        strategy, recorder = LLM3DStrategy(**sizes), Recorder()
+        strategy, recorder = make_strategy(sizes), Recorder()
         if trainer is None or not same:
             trainer = make_trainer(strategy, world_size, max_steps=steps, limit_val_batches=0)
             module = make_module(schedule="constant")
@@ -54,7 +76,17 @@ def fit_on_from_a_checkpoint(world_size: int, sizes: dict[str, Any], folder: Pat
     return recorders[1].losses
 
 
-@pytest.mark.parametrize(("world_size", "sizes"), [(2, {}), (2, PP2)], ids=["dp2", "pp2"])
+@pytest.mark.parametrize(
+    ("world_size", "sizes"),
+    [
+        pytest.param(2, {}, id="dp2"),
+        pytest.param(2, PP2, id="pp2"),
+        pytest.param(2, on_deepspeed(0, **TP2), id="DeepSpeed tp2", marks=pytest.mark.slow),
+        pytest.param(2, on_deepspeed(1, **PP2), id="DeepSpeed pp2"),
+        pytest.param(2, on_deepspeed(2), id="DeepSpeed ZeRO-2", marks=pytest.mark.slow),
+        pytest.param(2, on_deepspeed(3), id="DeepSpeed ZeRO-3"),
+    ],
+)
 def test_a_second_fit_of_one_trainer_resumes_with_optimizer_states(
     tmp_path: Path, world_size: int, sizes: dict[str, Any]
 ) -> None:
@@ -82,23 +114,38 @@ class SeenGradients(Callback):
         self.names = {name for name, parameter in module.named_parameters() if parameter.grad is not None}
 
 
-def train_frozen(world_size: int, sizes: dict[str, Any], model: str) -> tuple[set[str], set[str]]:
-    strategy, seen = LLM3DStrategy(**sizes), SeenGradients()
-    trainer = make_trainer(strategy, world_size, callbacks=[seen], max_steps=2, limit_val_batches=0)
-    module = Frozen(MODELS[model], learning_rate=5e-3)
+def train_frozen(world_size: int, sizes: dict[str, Any], model: str) -> dict[str, Any]:
+    strategy, seen, recorder = make_strategy(sizes), SeenGradients(), Recorder()
+    trainer = make_trainer(strategy, world_size, callbacks=[seen, recorder], max_steps=3, limit_val_batches=0)
+    module = Frozen(MODELS[model], learning_rate=5e-3, warmup_steps=1)
     trainer.fit(module, loader(trainer, strategy))
-    return seen.names, {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    trainable = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    return {"gradients": seen.names, "trainable": trainable, "losses": recorder.losses, "norms": recorder.grad_norms}
 
 
 @pytest.mark.parametrize(
     ("world_size", "sizes", "model"),
-    [(2, TP2, "qk_norm"), (2, EP2, "moe"), (4, {**TP2, **EP2}, "shared"), (2, PP2, "tied")],
-    ids=["tp2", "ep2", "dp2 x tp2 x ep2", "pp2 tied"],
+    [
+        pytest.param(2, TP2, "qk_norm", id="tp2"),
+        pytest.param(2, EP2, "moe", id="ep2"),
+        pytest.param(4, {**TP2, **EP2}, "shared", id="dp2 x tp2 x ep2"),
+        pytest.param(2, PP2, "tied", id="pp2 tied"),
+        pytest.param(2, on_deepspeed(3), "tied", id="DeepSpeed ZeRO-3"),
+        pytest.param(2, on_deepspeed(1, **EP2), "moe", id="DeepSpeed ep2"),
+        pytest.param(4, on_deepspeed(1, **TP2, **PP2), "tied", id="DeepSpeed pp2 x tp2"),
+        pytest.param(2, on_deepspeed(0, **TP2), "qk_norm", id="DeepSpeed tp2", marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_frozen_stays_frozen(world_size: int, sizes: dict[str, Any], model: str) -> None:
     ends = {"model.model.embed_tokens.weight", "model.lm_head.weight"}
-    for gradients, trainable in run_distributed(train_frozen, world_size, world_size, sizes, model):
-        assert gradients <= ends and trainable <= ends and gradients == trainable
+    one = run_distributed(train_frozen, 1, 1, {}, model)[0]
+    assert one["gradients"] == one["trainable"] == ends - ({"model.lm_head.weight"} if model == "tied" else set())
+    for seen in run_distributed(train_frozen, world_size, world_size, sizes, model):
+        assert seen["gradients"] <= ends and seen["trainable"] <= ends
+        if "engine" not in sizes:  # DeepSpeed's ZeRO has gradients elsewhere
+            assert seen["gradients"] == seen["trainable"]
+        assert seen["losses"] == pytest.approx(one["losses"], abs=1e-4)
+        assert seen["norms"] == pytest.approx(one["norms"], rel=1e-3)
 
 
 class WithGain(LLMModule):
@@ -116,14 +163,19 @@ class WithAnotherLoss(LLMModule):
 
 
 def fit(world_size: int, sizes: dict[str, Any], module_class: Any) -> None:
-    strategy = LLM3DStrategy(**sizes)
+    strategy = make_strategy(sizes)
     trainer = make_trainer(strategy, world_size, max_steps=1, limit_val_batches=0)
     trainer.fit(module_class(), loader(trainer, strategy))
 
 
 @pytest.mark.parametrize(
     ("sizes", "module_class", "message"),
-    [({}, WithGain, "parameters beside self.model, for example"), (PP2, WithAnotherLoss, r"Override loss\(\)")],
+    [
+        ({}, WithGain, "parameters beside self.model, for example"),
+        (PP2, WithAnotherLoss, r"Override loss\(\)"),
+        (on_deepspeed(0, **TP2), WithGain, "parameters beside self.model, for example"),
+        (on_deepspeed(0, **PP2), WithAnotherLoss, r"Override loss\(\)"),
+    ],
 )
 def test_what_would_train_wrongly_is_refused(sizes: dict[str, Any], module_class: Any, message: str) -> None:
     with pytest.raises(AssertionError, match=rf"ConfigurationError: .*{message}"):
@@ -141,7 +193,7 @@ class FirstRowsIgnored(TokenRows):
 
 
 def accumulate_over_nothing(world_size: int, sizes: dict[str, Any], accumulate: int) -> list[float]:
-    strategy, recorder = LLM3DStrategy(**sizes), Recorder()
+    strategy, recorder = make_strategy(sizes), Recorder()
     trainer = make_trainer(
         strategy,
         world_size,
@@ -154,7 +206,15 @@ def accumulate_over_nothing(world_size: int, sizes: dict[str, Any], accumulate: 
     return recorder.step_norms
 
 
-@pytest.mark.parametrize(("world_size", "sizes"), [(1, {}), (2, PP2)], ids=["one process", "pp2"])
+@pytest.mark.parametrize(
+    ("world_size", "sizes"),
+    [
+        pytest.param(1, {}, id="one process"),
+        pytest.param(2, PP2, id="pp2"),
+        pytest.param(2, on_deepspeed(0, **PP2), id="DeepSpeed pp2"),
+        pytest.param(1, on_deepspeed(3), id="DeepSpeed ZeRO-3"),
+    ],
+)
 def test_a_batch_without_labels_may_open_a_window(world_size: int, sizes: dict[str, Any]) -> None:
     expected = run_distributed(accumulate_over_nothing, 1, 1, {}, 1)[0]
     for norms in run_distributed(accumulate_over_nothing, world_size, world_size, sizes, 2):
@@ -177,7 +237,7 @@ class ByHand(LLMModule):
 
 
 def train_by_hand(world_size: int, sizes: dict[str, Any], model: str) -> list[float]:
-    strategy, recorder = LLM3DStrategy(**sizes), Recorder()
+    strategy, recorder = make_strategy(sizes), Recorder()
     trainer = make_trainer(
         strategy, world_size, callbacks=[recorder], max_steps=4, limit_val_batches=0, gradient_clip_val=None
     )
@@ -185,7 +245,16 @@ def train_by_hand(world_size: int, sizes: dict[str, Any], model: str) -> list[fl
     return recorder.losses
 
 
-@pytest.mark.parametrize(("sizes", "model"), [(TP2, "plain"), (EP2, "moe")], ids=["tp2", "dp2 x ep2"])
+@pytest.mark.parametrize(
+    ("sizes", "model"),
+    [
+        pytest.param(TP2, "plain", id="tp2"),
+        pytest.param(EP2, "moe", id="dp2 x ep2"),
+        pytest.param(on_deepspeed(0, **TP2), "plain", id="DeepSpeed tp2"),
+        pytest.param(on_deepspeed(2, **EP2), "moe", id="DeepSpeed dp2 x ep2"),
+        pytest.param(on_deepspeed(3), "plain", id="DeepSpeed ZeRO-3", marks=pytest.mark.slow),
+    ],
+)
 def test_manual_optimization_with_clipping(sizes: dict[str, Any], model: str) -> None:
     expected = run_distributed(train_by_hand, 1, 1, {}, model)[0]
     for losses in run_distributed(train_by_hand, 2, 2, sizes, model):
@@ -214,11 +283,11 @@ class Plain(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
-def train_plain(world_size: int, precision: str, folder: Path | None) -> list[float]:
+def train_plain(world_size: int, sizes: dict[str, Any], precision: str, folder: Path | None) -> list[float]:
     losses = []
     for path in (None, folder) if folder is not None else (None,):
         torch.manual_seed(0)
-        strategy, recorder, module = LLM3DStrategy(), Recorder(), Plain()
+        strategy, recorder, module = make_strategy(sizes), Recorder(), Plain()
         trainer = make_trainer(
             strategy, world_size, callbacks=[recorder], precision=precision, max_steps=3 if path is None else 5
         )
@@ -229,13 +298,21 @@ def train_plain(world_size: int, precision: str, folder: Path | None) -> list[fl
     return losses
 
 
-def test_a_module_with_a_list_and_an_unused_part_trains_and_resumes(tmp_path: Path) -> None:
-    expected = run_distributed(train_plain, 1, 1, "32-true", tmp_path / "one")[0]
-    for losses in run_distributed(train_plain, 2, 2, "32-true", tmp_path / "two"):
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param({}, id="dp2"),
+        pytest.param(on_deepspeed(1), id="DeepSpeed ZeRO-1"),
+        pytest.param(on_deepspeed(3), id="DeepSpeed ZeRO-3"),
+    ],
+)
+def test_a_module_with_a_list_and_an_unused_part_trains_and_resumes(tmp_path: Path, sizes: dict[str, Any]) -> None:
+    expected = run_distributed(train_plain, 1, 1, {}, "32-true", tmp_path / "one")[0]
+    for losses in run_distributed(train_plain, 2, 2, sizes, "32-true", tmp_path / "two"):
         assert len(losses) == 5 and losses == pytest.approx(expected, abs=1e-4)
 
 
 def test_its_loss_is_in_float32_in_mixed_precision() -> None:
-    exact = run_distributed(train_plain, 1, 1, "32-true", None)[0]
-    (mixed,) = run_distributed(train_plain, 1, 1, "bf16-mixed", None)
+    exact = run_distributed(train_plain, 1, 1, {}, "32-true", None)[0]
+    (mixed,) = run_distributed(train_plain, 1, 1, {}, "bf16-mixed", None)
     assert mixed == pytest.approx(exact, abs=0.02) and mixed != exact

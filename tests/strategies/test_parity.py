@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
 from lightning_llm import DecoderConfig, LLM3DStrategy
+from lightning_llm.strategies.deepspeed.ops import op_states
 from tests.distributed import full, run_distributed
 from tests.strategies.training import (
     BATCH_SIZE,
@@ -21,6 +24,7 @@ from tests.strategies.training import (
     loader,
     make_module,
     make_trainer,
+    on_deepspeed,
     train,
 )
 
@@ -80,7 +84,8 @@ class Layout:
     slow: bool = False
 
     def __str__(self) -> str:
-        parts = [self.name, "" if self.model == "plain" else self.model]
+        engine = {"deepspeed": "DeepSpeed"}.get(self.strategy.get("engine", ""), "")
+        parts = [f"{engine} {self.name}".strip(), "" if self.model == "plain" else self.model]
         return ", ".join([*filter(None, parts), *([f"accumulate {self.accumulate}"] if self.accumulate > 1 else [])])
 
 
@@ -125,10 +130,43 @@ LAYOUTS = [
     Layout("pp2 x dp2 x tp2 x ep4", 8, {**by("Interleaved1F1B"), **TP2, **EP4}, "shared", slow=True),
     Layout("replicate2 x tp2 x ep2", 4, {**TP2, **EP2, **WHOLE_SEQUENCE, "replicate_size": 2}, "shared"),
 ]
+OFFLOADED = {"offload_optimizer": "cpu", "offload_parameters": "cpu"}
+# The buffers on the way to a disk are made for large models: half a gigabyte each.
+NVME = {
+    "offload_optimizer": "nvme",
+    "offload_parameters": "nvme",
+    "config": {"zero_optimization": {"offload_param": {"buffer_size": 100_000}}},
+}
+LAYOUTS += [
+    Layout("one process ZeRO-3", 1, on_deepspeed(3), trainer=UNCLIPPED),
+    Layout("dp2 ZeRO-0", 2, on_deepspeed(0), "tied", slow=True),
+    Layout("dp2 ZeRO-1", 2, on_deepspeed(1), accumulate=2),
+    Layout("dp2 ZeRO-2", 2, on_deepspeed(2, recompute="full"), "tied", accumulate=2),
+    Layout("dp2 ZeRO-3", 2, on_deepspeed(3), "tied", accumulate=2),
+    Layout("dp4 ZeRO-3 as replicate2 x shard2", 4, on_deepspeed(3, replicate_size=2)),
+    Layout("dp2 ZeRO-1 offloaded", 2, on_deepspeed(1, offload_optimizer="cpu"), slow=True),
+    Layout("dp2 ZeRO-3 offloaded", 2, on_deepspeed(3, **OFFLOADED)),
+    Layout("dp2 ZeRO-3 on a disk", 2, on_deepspeed(3, **NVME)),
+    Layout("tp2 ZeRO-0", 2, on_deepspeed(0, **TP2), "biases", trainer=UNCLIPPED),
+    Layout("dp2 x tp2 ZeRO-2", 4, on_deepspeed(2, **TP2), "qk_norm", slow=True),
+    Layout("dp2 x tp2 ZeRO-3", 4, on_deepspeed(3, **TP2), "tied", slow=True),
+    Layout("cp2 ZeRO-2", 2, on_deepspeed(2, **CP2), trainer=UNCLIPPED),
+    Layout("cp2 ulysses ZeRO-3", 2, on_deepspeed(3, **CP2, context_parallel_method="ulysses"), "qk_norm", slow=True),
+    Layout("cp2 ring x tp2 ZeRO-1", 4, on_deepspeed(1, **CP2, **TP2, context_parallel_method="ring"), slow=True),
+    Layout("pp2 ZeRO-0", 2, on_deepspeed(0, **PP2), trainer=UNCLIPPED, slow=True),
+    Layout("pp2 ZeRO-1", 2, on_deepspeed(1, **PP2), "tied", accumulate=2),
+    Layout("pp2 x dp2 ZeRO-1", 4, on_deepspeed(1, **PP2), "biases", slow=True),
+    Layout("pp2 x cp2 ZeRO-0", 4, on_deepspeed(0, **PP2, **CP2), "tied", slow=True),
+    Layout("pp2 x dp2 x tp2 ZeRO-1", 8, on_deepspeed(1, **PP2, **TP2), "tied"),
+    Layout("dp2 ZeRO-3", 2, on_deepspeed(3), "moe", slow=True),
+    Layout("dp2 x ep2 ZeRO-2", 2, on_deepspeed(2, **EP2, recompute="full"), "moe"),
+    Layout("dp4 x ep2 ZeRO-1", 4, on_deepspeed(1, **EP2), "shared", slow=True),
+    Layout("cp2 x dp2 x ep4 ZeRO-0", 4, on_deepspeed(0, **CP2, **EP4), "shared", slow=True),
+]
 
 
-def rows(marked: Any) -> list[Any]:
-    return [pytest.param(row, id=str(row), marks=pytest.mark.slow if marked(row) else ()) for row in LAYOUTS]
+def rows(layouts: list[Layout], marked: Callable[[Layout], bool]) -> list[Any]:
+    return [pytest.param(row, id=str(row), marks=pytest.mark.slow if marked(row) else ()) for row in layouts]
 
 
 @functools.cache
@@ -138,13 +176,18 @@ def curve_of_one_process(model: str, clipping: str) -> dict[str, Any]:
     return run_distributed(functools.partial(train, max_steps=STEPS, **trainer), 1, 1, {}, MODELS[model])[0]
 
 
-@pytest.mark.parametrize("row", rows(lambda row: row.slow))
-def test_loss_curve_is_that_of_one_process(row: Layout) -> None:
+@pytest.mark.parametrize("row", rows(LAYOUTS, lambda row: row.slow))
+def test_loss_curve_is_that_of_one_process(row: Layout, tmp_path: Path) -> None:
+    strategy = dict(row.strategy)
+    if "nvme" in strategy.values():
+        if {state.op.name: state.state for state in op_states()}["async_io"] not in ("built", "installed"):
+            pytest.skip("DeepSpeed's async_io is not built")
+        strategy["nvme_path"] = tmp_path
     clipping = {"norm": "", "value": "value"}[row.trainer.get("gradient_clip_algorithm", "norm")]
     reference = curve_of_one_process(row.model, "none" if row.trainer == UNCLIPPED else clipping)
     assert reference["losses"][-1] < reference["losses"][0] - 0.2, "the reference must learn"
     run = functools.partial(train, max_steps=STEPS, **row.trainer)
-    for seen in run_distributed(run, row.world_size, row.world_size, row.strategy, MODELS[row.model], row.accumulate):
+    for seen in run_distributed(run, row.world_size, row.world_size, strategy, MODELS[row.model], row.accumulate):
         assert seen["step_losses"] == pytest.approx(reference["step_losses"], abs=1e-4)
         assert seen["step_norms"] == pytest.approx(reference["step_norms"], rel=2e-3)
         assert seen["metrics"]["val_loss"] == pytest.approx(reference["metrics"]["val_loss"], abs=1e-4)
@@ -204,7 +247,10 @@ def gradients_of_one_process(model: str) -> dict[str, torch.Tensor]:
     return run_distributed(first_gradients, 1, 1, {}, MODELS[model])[0]
 
 
-@pytest.mark.parametrize("row", rows(lambda row: not row.core))
+IN_FLOAT64 = [row for row in LAYOUTS if "engine" not in row.strategy]  # which DeepSpeed's engine does not have
+
+
+@pytest.mark.parametrize("row", rows(IN_FLOAT64, lambda row: not row.core))
 def test_gradients_are_those_of_one_process(row: Layout) -> None:
     config = MODELS[row.model]
     reference = gradients_of_one_process(row.model)
@@ -239,8 +285,10 @@ def test_documents_are_kept_apart_in_every_layout(world_size: int, strategy: dic
 
 
 def test_the_table_is_as_wide_as_it_says() -> None:
-    strategies = [row.strategy for row in LAYOUTS]
-    assert len(LAYOUTS) >= 24 and sum(row.core for row in LAYOUTS) >= 12
-    assert {strategy.get("zero_stage", 3) for strategy in strategies} == {0, 1, 2, 3}
-    schedules = {strategy.get("pipeline_schedule") for strategy in strategies} - {None}
+    for engine, rows_of_engine in (("fsdp2", 24), ("deepspeed", 20)):
+        strategies = [row.strategy for row in LAYOUTS if row.strategy.get("engine", "fsdp2") == engine]
+        assert len(strategies) >= rows_of_engine
+        assert {strategy.get("zero_stage", 3) for strategy in strategies} == {0, 1, 2, 3}
+    assert sum(row.core for row in LAYOUTS) >= 12
+    schedules = {row.strategy.get("pipeline_schedule") for row in LAYOUTS} - {None}
     assert len(schedules) == 7

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_llm import LLM3DStrategy
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.strategies.precision import COMPUTE_DTYPES, PARAMETER_DTYPES, LLMPrecision, LossScaler
 from tests.distributed import run_distributed
-from tests.strategies.training import Recorder, loader, make_module, make_trainer
+from tests.strategies.training import Recorder, loader, make_module, make_strategy, make_trainer, on_deepspeed
 
 
 @pytest.mark.parametrize("name", ["16-true", "transformer-engine", "fp8"])
@@ -58,8 +58,10 @@ def train_in(
     accumulate: int = 1,
     steps: int = 6,
 ) -> dict[str, Any]:
-    strategy, recorder = LLM3DStrategy(**sizes), Recorder()
-    plugin = LLMPrecision(precision)  # on a CPU Lightning itself would make "bf16-mixed" of "16-mixed"
+    strategy, recorder = make_strategy(sizes), Recorder()
+    plugin = type(strategy.precision_plugin)(
+        precision
+    )  # on a CPU Lightning itself would make "bf16-mixed" of "16-mixed"
     if plugin.scaler is not None:
         plugin.scaler.scale = scale
     trainer = make_trainer(
@@ -80,6 +82,11 @@ def train_in(
     }
 
 
+@functools.cache
+def by_one_process(precision: str) -> dict[str, Any]:
+    return run_distributed(train_in, 1, 1, {}, precision)[0]
+
+
 LAYOUTS: list[tuple[int, dict[str, Any], int]] = [
     (2, {"tensor_parallel_size": 2}, 1),
     (4, {"pipeline_parallel_size": 2, "zero_stage": 1}, 2),
@@ -87,13 +94,24 @@ LAYOUTS: list[tuple[int, dict[str, Any], int]] = [
 ]
 
 
-@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
-@pytest.mark.parametrize(("world_size", "sizes", "accumulate"), LAYOUTS)
+DEEPSPEED_LAYOUTS = [  # whose engine does not take float16 on CPUs
+    (2, on_deepspeed(1), 2),
+    (2, on_deepspeed(3), 1),
+    (2, on_deepspeed(1, pipeline_parallel_size=2), 2),
+]
+
+
+@pytest.mark.parametrize(
+    ("precision", "world_size", "sizes", "accumulate"),
+    [
+        *((precision, *layout) for precision in ("16-mixed", "bf16-mixed") for layout in LAYOUTS),
+        *(("bf16-mixed", *layout) for layout in DEEPSPEED_LAYOUTS),
+    ],
+)
 def test_mixed_precision_is_the_same_run_in_every_layout(
     precision: str, world_size: int, sizes: dict[str, Any], accumulate: int
 ) -> None:
-    exact = run_distributed(train_in, 1, 1, {}, "32-true")[0]
-    one = run_distributed(train_in, 1, 1, {}, precision)[0]
+    exact, one = by_one_process("32-true"), by_one_process(precision)
     assert one["losses"] != exact["losses"]
     assert one["losses"] == pytest.approx(exact["losses"], abs=0.02)
     for seen in run_distributed(train_in, world_size, world_size, sizes, precision, 2.0**16, accumulate):
@@ -113,3 +131,9 @@ def test_an_overflow_anywhere_leaves_the_step_out_everywhere(
         assert seen["scale"] == 2.0**24 / 2 ** finite.count(False)
         assert seen["losses"][1] == pytest.approx(seen["losses"][0], abs=0.2), "nothing was learnt from an overflow"
         assert seen["global_step"] == 12
+
+
+def test_deepspeeds_mixed_precision_needs_masters() -> None:
+    message = "precision='bf16-mixed' with zero_stage=0: DeepSpeed keeps float32 masters"
+    with pytest.raises(AssertionError, match=message):
+        run_distributed(train_in, 1, 1, on_deepspeed(0), "bf16-mixed")

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import csv
+import functools
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_llm import LLM3DStrategy, LLMModule, TokenDataModule
+from lightning_llm import LLMModule, TokenDataModule
 from lightning_llm.data.tokenize import tokenize
 from lightning_llm.strategies.mesh import ParallelDims
 from lightning_llm.strategies.precision import PARAMETER_DTYPES
@@ -29,11 +31,20 @@ from tests.strategies.training import (
     TokenRows,
     loader,
     make_module,
+    make_strategy,
     make_trainer,
+    on_deepspeed,
 )
 
 TP2 = {"tensor_parallel_size": 2}
 PP2 = {"pipeline_parallel_size": 2}
+# Ranks, and how they share the work.
+LAYOUTS = {
+    "pp2 x tp2": (4, {**TP2, **PP2}),
+    "DeepSpeed pp2 x tp2": (4, on_deepspeed(1, **TP2, **PP2)),
+    "DeepSpeed ZeRO-3": (2, on_deepspeed(3)),
+}
+in_every_layout = pytest.mark.parametrize(("world_size", "sizes"), LAYOUTS.values(), ids=LAYOUTS)
 TIED = SMALL.replace(tie_word_embeddings=True)
 TOLERANCE = 1e-4
 
@@ -43,7 +54,8 @@ class Talkative(LLMModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
-        self.log("twice", 2 * loss.detach(), on_step=True, on_epoch=True)
+        samples_differ = self.trainer.distributed_sampler_kwargs["num_replicas"] > 1  # tensor ranks all see the same
+        self.log("twice", 2 * loss.detach(), on_step=True, on_epoch=True, sync_dist=samples_differ)
         self.log_dict({"index": float(batch_idx), "three": 3}, on_step=False, on_epoch=True, sync_dist=True)
         self.log("tokens", batch["labels"].numel(), reduce_fx="sum", sync_dist=True)
         if self.trainer.is_global_zero:
@@ -59,7 +71,7 @@ class Talkative(LLMModule):
 
 def user_run(world_size: int, sizes: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Two epochs of six batches, validated every three; then validate, test and predict from checkpoints."""
-    strategy, recorder = LLM3DStrategy(**sizes), Recorder()
+    strategy, recorder = make_strategy(sizes), Recorder()
     best = ModelCheckpoint(folder / "best", filename="{step}", monitor="val_loss", save_top_k=1)
     worst = ModelCheckpoint(folder / "worst", filename="{step}", monitor="val_loss", save_top_k=1, mode="max")
     trainer = make_trainer(
@@ -93,23 +105,36 @@ def user_run(world_size: int, sizes: dict[str, Any], folder: Path) -> dict[str, 
     seen["best again"] = trainer.validate(module, evaluated, verbose=False, ckpt_path="best")
     seen["test"] = trainer.test(module, evaluated, verbose=False, ckpt_path="best")
     seen["worst again"] = trainer.validate(module, evaluated, verbose=False, ckpt_path=worst.best_model_path)
-    seen["predicted"] = trainer.predict(module, evaluated)
+    seen["predicted"] = torch.cat(trainer.predict(module, evaluated))
+    seen["samples"] = trainer.distributed_sampler_kwargs
     return seen
 
 
+@dataclass
+class Run:
+    """What ranks saw, and where they wrote."""
+
+    folder: Path
+    ranks: list[dict[str, Any]]
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The same run by one process, and by four (pp2 x tp2, tied)."""
-    folders = {"one": tmp_path_factory.mktemp("one"), "four": tmp_path_factory.mktemp("four")}
-    return {
-        "folders": folders,
-        "one": run_distributed(user_run, 1, 1, {}, folders["one"])[0],
-        "four": run_distributed(user_run, 4, 4, {**TP2, **PP2}, folders["four"]),
-    }
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The run by one process."""
+    folder = tmp_path_factory.mktemp("one")
+    return Run(folder, run_distributed(user_run, 1, 1, {}, folder))
 
 
-def test_all_ranks_see_the_metrics_of_one_process(runs: dict[str, Any]) -> None:
-    one, four = runs["one"], runs["four"]
+@pytest.fixture(scope="module", params=LAYOUTS.values(), ids=list(LAYOUTS))
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The same run by several."""
+    world_size, sizes = request.param
+    folder = tmp_path_factory.mktemp("several")
+    return Run(folder, run_distributed(user_run, world_size, world_size, sizes, folder))
+
+
+def test_all_ranks_see_the_metrics_of_one_process(reference: Run, run: Run) -> None:
+    one = reference.ranks[0]
     assert one["global_step"] == 12 and one["epoch"] == 2 and len(one["losses"]) == 12
     names = {
         "train_loss",
@@ -125,51 +150,51 @@ def test_all_ranks_see_the_metrics_of_one_process(runs: dict[str, Any]) -> None:
     assert names <= one["metrics"].keys()
     assert one["metrics"]["tokens"] == BATCH_SIZE * SEQ_LEN, "a sum is over samples, whoever shares the work on them"
     assert one["metrics"]["three"] == 3 and one["metrics"]["index"] == 2.5 and one["metrics"]["epoch_squared"] == 1
-    for rank, seen in enumerate(four):
+    for rank, seen in enumerate(run.ranks):
         assert (seen["global_step"], seen["epoch"]) == (12, 2)
         assert seen["losses"] == pytest.approx(one["losses"], abs=TOLERANCE)
         assert seen["grad_norms"] == pytest.approx(one["grad_norms"], rel=1e-3)
         for kind in ("metrics", "logged"):
             expected = {name: value for name, value in one[kind].items() if rank == 0 or name != "of_rank_zero"}
             assert seen[kind] == pytest.approx(expected, abs=2 * TOLERANCE)
-        assert seen["losses"] == four[0]["losses"], "not a bit of difference between ranks"
+        assert seen["losses"] == run.ranks[0]["losses"], "not a bit of difference between ranks"
 
 
-def test_checkpoints_are_of_the_same_steps_and_load_again(runs: dict[str, Any]) -> None:
-    one, four = runs["one"], runs["four"]
+def test_checkpoints_are_of_the_same_steps_and_load_again(reference: Run, run: Run) -> None:
+    one = reference.ranks[0]
     for name, step in (("best", 12), ("worst", 3)):
         assert Path(one[name][0]).name == f"step={step}.ckpt"
-        for seen in four:
+        for seen in run.ranks:
             path, score = seen[name]
-            assert Path(path) == runs["folders"]["four"] / name / f"step={step}.ckpt"
+            assert Path(path) == run.folder / name / f"step={step}.ckpt"
             assert score == pytest.approx(one[name][1], abs=TOLERANCE)
             assert seen[f"{name} again"][0]["val_loss"] == pytest.approx(score, abs=1e-6)
-        assert [path.name for path in (runs["folders"]["four"] / name).iterdir()] == [f"step={step}.ckpt"]
-    for seen in (one, *four):
+        assert [path.name for path in (run.folder / name).iterdir()] == [f"step={step}.ckpt"]
+    for seen in (one, *run.ranks):
         assert seen["now"] == seen["best again"], "the last weights were the best ones"
         assert seen["worst again"][0]["val_loss"] > seen["now"][0]["val_loss"] + 0.1
         assert seen["test"][0]["test_loss"] == pytest.approx(one["now"][0]["val_loss"], abs=TOLERANCE)
 
 
-def test_predictions_are_whole_and_those_of_one_process(runs: dict[str, Any]) -> None:
-    expected = runs["one"]["predicted"]
-    assert [logits.shape for logits in expected] == [(BATCH_SIZE, 16, VOCAB)] * 3
-    for seen in runs["four"]:
-        assert len(seen["predicted"]) == 3
-        for logits, wanted in zip(seen["predicted"], expected, strict=True):
-            assert type(logits) is Tensor
-            torch.testing.assert_close(logits, wanted, atol=1e-3, rtol=0)
+def test_predictions_are_whole_and_those_of_one_process(reference: Run, run: Run) -> None:
+    expected = reference.ranks[0]["predicted"]
+    assert expected.shape == (3 * BATCH_SIZE, 16, VOCAB)
+    for seen in run.ranks:
+        assert type(seen["predicted"]) is Tensor
+        own = expected[seen["samples"]["rank"] :: seen["samples"]["num_replicas"]]
+        torch.testing.assert_close(seen["predicted"], own, atol=1e-3, rtol=0)
 
 
 def predict(world_size: int, sizes: dict[str, Any]) -> list[Tensor]:
-    strategy = LLM3DStrategy(**sizes)
+    strategy = make_strategy(sizes)
     trainer = make_trainer(strategy, world_size)
     return trainer.predict(make_module(), loader(trainer, strategy, rows=8))
 
 
-def test_predictions_are_whole_without_a_pipeline_too() -> None:
+@pytest.mark.parametrize("sizes", [TP2, on_deepspeed(0, **TP2)], ids=["tp2", "DeepSpeed tp2"])
+def test_predictions_are_whole_without_a_pipeline_too(sizes: dict[str, Any]) -> None:
     (expected,) = run_distributed(predict, 1, 1, {})[0]
-    for (logits,) in run_distributed(predict, 2, 2, TP2):
+    for (logits,) in run_distributed(predict, 2, 2, sizes):
         assert type(logits) is Tensor
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
 
@@ -179,16 +204,16 @@ def rows_of(folder: Path) -> list[dict[str, float]]:
         return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
-def test_the_log_is_that_of_one_process(runs: dict[str, Any]) -> None:
-    one, four = (rows_of(runs["folders"][name]) for name in ("one", "four"))
+def test_the_log_is_that_of_one_process(reference: Run, run: Run) -> None:
+    one, several = rows_of(reference.folder), rows_of(run.folder)
     fitting = [row["step"] for row in one if "val_loss" in row and row["step"] < 12]
     assert fitting == [2, 5, 8, 11], "the later ones are of trainer.validate()"
     assert [row["lr-AdamW/pg1"] for row in one if "lr-AdamW/pg1" in row] == pytest.approx(
         [5e-3 * min(1, step / 8) for step in (2, 4, 6, 8, 10, 12)]
     )
     assert sum("train_loss" in row for row in one) == 6
-    assert len(four) == len(one)
-    for row, expected in zip(four, one, strict=True):
+    assert len(several) == len(one)
+    for row, expected in zip(several, one, strict=True):
         assert row == pytest.approx(expected, abs=2 * TOLERANCE, rel=1e-3)
 
 
@@ -204,7 +229,7 @@ class Steps(Callback):
 
 def decide(world_size: int, sizes: dict[str, Any]) -> list[bool]:
     """Decisions on which ranks differ, and sums of whole numbers."""
-    strategy = LLM3DStrategy(**sizes)
+    strategy = make_strategy(sizes)
     trainer = make_trainer(strategy, world_size, max_steps=1, limit_val_batches=0)
     trainer.fit(make_module(), loader(trainer, strategy))
     last = strategy.global_rank == world_size - 1
@@ -225,21 +250,45 @@ def test_ranks_agree_on_decisions_and_sums() -> None:
 
 
 def stop_early(world_size: int, sizes: dict[str, Any]) -> tuple[int, int, int]:
-    strategy, steps = LLM3DStrategy(**sizes), Steps()
+    strategy, steps = make_strategy(sizes), Steps()
     stopping = EarlyStopping("val_loss", mode="max", patience=2)  # the loss falls, so the third check is the last
     trainer = make_trainer(strategy, world_size, callbacks=[stopping, steps], val_check_interval=2)
     trainer.fit(make_module(), loader(trainer, strategy), loader(trainer, strategy, rows=16))
     return trainer.global_step, steps.batches, stopping.wait_count
 
 
-def test_early_stopping_stops_all_ranks_at_once() -> None:
-    assert run_distributed(stop_early, 4, 4, {**TP2, **PP2}) == [(6, 6, 2)] * 4
+@in_every_layout
+def test_early_stopping_stops_all_ranks_at_once(world_size: int, sizes: dict[str, Any]) -> None:
+    assert run_distributed(stop_early, world_size, world_size, sizes) == [(6, 6, 2)] * world_size
+
+
+class FastClock(Callback):
+    """Has the clock of the first rank run ahead of the others' by a day, in the third step."""
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 2 and trainer.is_global_zero:
+            (timer,) = (callback for callback in trainer.callbacks if isinstance(callback, Timer))
+            timer.load_state_dict({"time_elapsed": {"train": 86400.0}})
+
+
+def run_out_of_time(world_size: int, sizes: dict[str, Any]) -> int:
+    strategy = make_strategy(sizes)
+    trainer = make_trainer(
+        strategy, world_size, callbacks=[FastClock()], max_steps=-1, max_time={"days": 1}, limit_val_batches=0
+    )
+    trainer.fit(make_module(schedule="constant"), loader(trainer, strategy))
+    return trainer.global_step
+
+
+@pytest.mark.parametrize("sizes", [PP2, on_deepspeed(3)], ids=["pp2", "DeepSpeed ZeRO-3"])
+def test_the_time_is_up_for_all_ranks_at_once(sizes: dict[str, Any]) -> None:
+    assert run_distributed(run_out_of_time, 2, 2, sizes) == [3, 3]
 
 
 def in_precisions(world_size: int, sizes: dict[str, Any], names: list[str]) -> dict[str, Any]:
     seen = {}
     for name in names:
-        strategy, recorder = LLM3DStrategy(**sizes), Recorder()
+        strategy, recorder = make_strategy(sizes), Recorder()
         trainer = make_trainer(
             strategy, world_size, callbacks=[recorder], max_steps=4, val_check_interval=4, precision=name
         )
@@ -257,10 +306,18 @@ def in_precisions(world_size: int, sizes: dict[str, Any], names: list[str]) -> d
     return seen
 
 
-def test_every_precision_trains_close_to_float32() -> None:
+@pytest.mark.parametrize(
+    ("world_size", "sizes", "limits"),
+    [
+        pytest.param(4, {**TP2, **PP2}, {"64-true": 1e-4, "bf16-mixed": 0.02, "bf16-true": 0.05}, id="pp2 x tp2"),
+        pytest.param(2, on_deepspeed(1, **PP2), {"bf16-true": 0.02}, id="DeepSpeed pp2"),
+    ],
+)
+def test_every_precision_trains_close_to_float32(
+    world_size: int, sizes: dict[str, Any], limits: dict[str, float]
+) -> None:
     expected = run_distributed(in_precisions, 1, 1, {}, ["32-true"])[0]["32-true"]
-    limits = {"64-true": 1e-4, "bf16-mixed": 0.02, "bf16-true": 0.05}
-    for seen in run_distributed(in_precisions, 4, 4, {**TP2, **PP2}, list(limits)):
+    for seen in run_distributed(in_precisions, world_size, world_size, sizes, list(limits)):
         for name, limit in limits.items():
             assert seen[name]["dtypes"] == {PARAMETER_DTYPES[name]}
             assert seen[name]["losses"] == pytest.approx(expected["losses"], abs=limit), name
@@ -270,14 +327,25 @@ def test_every_precision_trains_close_to_float32() -> None:
             assert seen[name]["norms"] == pytest.approx(expected["norms"], rel=2 * limit), name
 
 
-def test_a_precision_that_is_not_there_is_refused_at_once() -> None:
-    with pytest.raises(ValueError, match=r"precision='16-true' is not available here\. Use one of 64-true, 32-true"):
-        make_trainer(LLM3DStrategy(), 1, precision="16-true")
+@pytest.mark.parametrize(
+    ("sizes", "precision", "message"),
+    [
+        ({}, "16-true", r"precision='16-true' is not available here\. Use one of 64-true, 32-true"),
+        (
+            on_deepspeed(1),
+            "64-true",
+            r"precision='64-true' is not available on DeepSpeed's engine\. Use one of 32-true",
+        ),
+    ],
+)
+def test_a_precision_that_is_not_there_is_refused_at_once(sizes: dict[str, Any], precision: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_trainer(make_strategy(sizes), 1, precision=precision)
 
 
 def fit_again(world_size: int, sizes: dict[str, Any]) -> dict[str, Any]:
     """Fit, validate, fit on, with one trainer and one module."""
-    strategy, recorder = LLM3DStrategy(**sizes), Recorder()
+    strategy, recorder = make_strategy(sizes), Recorder()
     trainer = make_trainer(strategy, world_size, callbacks=[recorder], max_steps=4)
     module = make_module(schedule="constant")
     trainer.fit(module, loader(trainer, strategy), loader(trainer, strategy, rows=16))
@@ -287,10 +355,16 @@ def fit_again(world_size: int, sizes: dict[str, Any]) -> dict[str, Any]:
     return {"losses": recorder.losses, "between": between, "global_step": trainer.global_step}
 
 
-def test_a_second_fit_goes_on() -> None:
-    one = run_distributed(fit_again, 1, 1, {})[0]
+@functools.cache
+def fitted_again() -> dict[str, Any]:
+    return run_distributed(fit_again, 1, 1, {})[0]
+
+
+@in_every_layout
+def test_a_second_fit_goes_on(world_size: int, sizes: dict[str, Any]) -> None:
+    one = fitted_again()
     assert one["global_step"] == 8 and len(one["losses"]) == 8 and one["losses"][4] < one["losses"][0] - 0.05
-    for seen in run_distributed(fit_again, 4, 4, {**TP2, **PP2}):
+    for seen in run_distributed(fit_again, world_size, world_size, sizes):
         assert seen["losses"] == pytest.approx(one["losses"], abs=TOLERANCE)
         assert seen["between"] == pytest.approx(one["between"], abs=TOLERANCE)
         assert seen["global_step"] == 8
@@ -299,12 +373,12 @@ def test_a_second_fit_goes_on() -> None:
 def use_twice(sizes: dict[str, Any]) -> None:
     module = make_module()
     for _ in range(2):
-        strategy = LLM3DStrategy(**sizes)
+        strategy = make_strategy(sizes)
         trainer = make_trainer(strategy, 2, max_steps=1, limit_val_batches=0)
         trainer.fit(module, loader(trainer, strategy))
 
 
-@pytest.mark.parametrize("sizes", [PP2, {}], ids=["pp2", "dp2"])
+@pytest.mark.parametrize("sizes", [PP2, {}, on_deepspeed(3)], ids=["pp2", "dp2", "DeepSpeed ZeRO-3"])
 def test_a_module_that_was_cut_is_not_cut_again(sizes: dict[str, Any]) -> None:
     with pytest.raises(AssertionError, match=r"This Decoder was cut into its parallel parts by an earlier Trainer"):
         run_distributed(use_twice, 2, sizes)
@@ -323,7 +397,7 @@ def by_epochs(
 ) -> dict[str, Any]:
     recorder = Recorder()
     trainer = make_trainer(
-        LLM3DStrategy(**sizes), world_size, callbacks=[recorder], max_steps=-1, max_epochs=2, **(options or {})
+        make_strategy(sizes), world_size, callbacks=[recorder], max_steps=-1, max_epochs=2, **(options or {})
     )
     module = make_module(SMALL.replace(vocab_size=300, max_position_embeddings=512))
     data = TokenDataModule(corpus, batch_size=8, seq_len=512)
@@ -336,10 +410,16 @@ def by_epochs(
     }
 
 
-def test_epochs_of_a_token_data_module_set_the_length_of_the_run(corpus: Path) -> None:
-    one = run_distributed(by_epochs, 1, 1, {}, corpus)[0]
+@functools.cache
+def by_epochs_of_one_process(corpus: Path) -> dict[str, Any]:
+    return run_distributed(by_epochs, 1, 1, {}, corpus)[0]
+
+
+@pytest.mark.parametrize("sizes", [PP2, on_deepspeed(0, **PP2)], ids=["pp2", "DeepSpeed pp2"])
+def test_epochs_of_a_token_data_module_set_the_length_of_the_run(corpus: Path, sizes: dict[str, Any]) -> None:
+    one = by_epochs_of_one_process(corpus)
     assert one["rate"] == pytest.approx(5e-4), "the schedule has reached its minimum"
-    for seen in run_distributed(by_epochs, 2, 2, PP2, corpus):
+    for seen in run_distributed(by_epochs, 2, 2, sizes, corpus):
         assert seen["steps"][0] == seen["steps"][1] == len(seen["losses"]) > 4
         assert seen["losses"] == pytest.approx(one["losses"], abs=TOLERANCE)
         assert seen["val_loss"] == pytest.approx(one["val_loss"], abs=TOLERANCE)
@@ -367,17 +447,16 @@ def by_name(name: str) -> tuple[ParallelDims, list[float]]:
     return trainer.strategy.dims, recorder.losses
 
 
-def test_the_strategy_by_name_chooses_sizes_that_fit() -> None:
-    (dims, losses), (same, _) = run_distributed(by_name, 2, "llm3d")
+@pytest.mark.parametrize("name", ["llm3d", "llm3d_deepspeed"])
+def test_the_strategy_by_name_chooses_sizes_that_fit(name: str) -> None:
+    (dims, losses), (same, _) = run_distributed(by_name, 2, name)
     assert dims == same == ParallelDims(world_size=2, data_parallel_size=2), "a small model needs data ranks alone"
-    one = run_distributed(fit_again, 1, 1, {})[0]["losses"]
+    one = fitted_again()["losses"]
     assert losses[0] == pytest.approx(one[0], abs=TOLERANCE)
 
 
 def sharded_by_world_rank(sizes: dict[str, Any], loop: str) -> None:
-    trainer = make_trainer(
-        LLM3DStrategy(**sizes), 2, max_steps=2, use_distributed_sampler=False, num_sanity_val_steps=0
-    )
+    trainer = make_trainer(make_strategy(sizes), 2, max_steps=2, use_distributed_sampler=False, num_sanity_val_steps=0)
     rows = TokenRows(rows=16)
     wrong = DataLoader(rows, batch_size=4, sampler=DistributedSampler(rows, 2, torch.distributed.get_rank()))
     if loop == "fit":
@@ -386,7 +465,9 @@ def sharded_by_world_rank(sizes: dict[str, Any], loop: str) -> None:
         getattr(trainer, loop)(make_module(), wrong, verbose=False)
 
 
-@pytest.mark.parametrize(("sizes", "loop"), [(TP2, "fit"), (TP2, "validate"), (PP2, "fit"), (PP2, "test")])
+@pytest.mark.parametrize(
+    ("sizes", "loop"), [(TP2, "fit"), (TP2, "validate"), (PP2, "fit"), (PP2, "test"), (on_deepspeed(0, **PP2), "fit")]
+)
 def test_a_loader_that_shards_by_world_rank_is_refused(sizes: dict[str, Any], loop: str) -> None:
     message = r"Ranks 0 and 1 work on the same samples \(data coordinate 0\) but were handed different batches\..*"
     with pytest.raises(AssertionError, match=message + r"trainer\.distributed_sampler_kwargs"):
@@ -400,29 +481,30 @@ class OddRows(TokenRows):
         return {name: values[:15] for name, values in super().__getitem__(index).items()}
 
 
-def with_odd_sequences(sequence_parallel: bool) -> list[float]:
+def with_odd_sequences(sizes: dict[str, Any]) -> list[float]:
     recorder = Recorder()
-    strategy = LLM3DStrategy(tensor_parallel_size=2, sequence_parallel=sequence_parallel)
-    trainer = make_trainer(strategy, 2, callbacks=[recorder], max_steps=1)
+    trainer = make_trainer(make_strategy(sizes), 2, callbacks=[recorder], max_steps=1)
     trainer.fit(make_module(), DataLoader(OddRows(), batch_size=8), DataLoader(OddRows(rows=16), batch_size=8))
     return recorder.losses
 
 
 def test_sequences_that_do_not_divide_are_refused_before_the_sanity_check() -> None:
     with pytest.raises(AssertionError, match=r"sequence length\(15\) is not divisible by tensor_parallel_size\(2\)"):
-        run_distributed(with_odd_sequences, 2, True)
-    assert len(run_distributed(with_odd_sequences, 2, False)[0]) == 1, "as the message says"
+        run_distributed(with_odd_sequences, 2, TP2)
+    for sizes in ({**TP2, "sequence_parallel": False}, on_deepspeed(0, **TP2)):
+        assert len(run_distributed(with_odd_sequences, 2, sizes)[0]) == 1, "as the message says"
 
 
 def with_ragged_loaders(world_size: int, sizes: dict[str, Any]) -> dict[str, Any]:
-    strategy, recorder = LLM3DStrategy(**sizes), Recorder()
+    strategy, recorder = make_strategy(sizes), Recorder()
     trainer = make_trainer(strategy, world_size, callbacks=[recorder], max_steps=4)
     trainer.fit(make_module(), loader(trainer, strategy, rows=17), loader(trainer, strategy, rows=9))
     return {"losses": recorder.losses, "val_loss": float(trainer.callback_metrics["val_loss"])}
 
 
-def test_a_smaller_last_batch_does_not_end_a_pipelines_run() -> None:
+@pytest.mark.parametrize("sizes", [PP2, on_deepspeed(1, **PP2)], ids=["pp2", "DeepSpeed pp2"])
+def test_a_smaller_last_batch_does_not_end_a_pipelines_run(sizes: dict[str, Any]) -> None:
     one = run_distributed(with_ragged_loaders, 1, 1, {})[0]
-    for seen in run_distributed(with_ragged_loaders, 2, 2, PP2):
+    for seen in run_distributed(with_ragged_loaders, 2, 2, sizes):
         assert seen["losses"] == pytest.approx(one["losses"], abs=TOLERANCE)
         assert seen["val_loss"] == pytest.approx(one["val_loss"], abs=TOLERANCE)

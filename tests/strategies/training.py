@@ -26,6 +26,11 @@ SMALL = DecoderConfig(
 )
 
 
+def on_deepspeed(zero_stage: int, **settings: Any) -> dict[str, Any]:
+    """Settings for `make_strategy`."""
+    return {"engine": "deepspeed", "zero_stage": zero_stage, **settings}
+
+
 class TokenRows(Dataset):
     """Rows of predictable tokens, some labels ignored, unevenly over the rows."""
 

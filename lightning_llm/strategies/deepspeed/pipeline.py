@@ -101,7 +101,6 @@ class EnginePipeline:
         left_out = {OptimizerStep} if self.last_of_step else {OptimizerStep, ReduceGrads, ReduceTiedGrads}
         schedule = TrainSchedule(micro_batches=self._count, stages=self.num_ranks, stage_id=self.engine.stage_id)
         self._prepare(inputs, targets, keywords, self._count, loss_fn)
-        self.engine.total_loss = None
         self.engine._compute_loss = True
         self.engine._exec_schedule(_Without(schedule, left_out))
         return self._shared_loss(self.engine.total_loss)
@@ -146,6 +145,7 @@ class EnginePipeline:
             if isinstance(stage, Stage):
                 stage.keywords = names
         self.engine.module.loss_fn = loss_fn
+        self.engine.total_loss = None  # to which the engine adds each microbatch's, or its output
         labels = targets.split(inputs.shape[0] // count)
         self.engine.set_dataiterator(iter(self._rows(microbatches, labels, names)))
 

@@ -23,7 +23,7 @@ class DeepSpeedPrecision(LLMPrecision):
 
     "bf16-mixed" and "bf16-true" (the same here, as in Lightning's own strategy for DeepSpeed): weights, activations and
     gradients in bfloat16, and float32 masters that the optimizer changes. "16-mixed" and "16-true": float16, with
-    DeepSpeed's dynamic loss scale. "32-true".
+    DeepSpeed's dynamic loss scale. "32-true". With ZeRO-0, "bf16-true" has no masters outside a pipeline.
 
     Raises:
         ConfigurationError: Another precision.
@@ -114,3 +114,16 @@ def step(engine: Any) -> None:
         engine._exec_optimizer_step()
     else:
         engine.step()
+
+
+def check_masters(precision: str, zero_stage: int, *, pipelined: bool) -> None:
+    """Refuses mixed precision where DeepSpeed would train in 16 bits alone.
+
+    Raises:
+        ConfigurationError: It would.
+    """
+    if precision == "bf16-mixed" and zero_stage == 0 and not pipelined:
+        raise ConfigurationError(
+            "precision='bf16-mixed' with zero_stage=0: DeepSpeed keeps float32 masters of bfloat16 weights in the "
+            'optimizers of ZeRO alone. Set zero_stage to 1, precision to "bf16-true", or use strategy="llm3d".'
+        )

@@ -21,6 +21,7 @@ OffloadDevice = Literal["cpu", "nvme"]
 HALF_PRECISIONS = {"bf16-mixed": "bf16", "bf16-true": "bf16", "16-mixed": "fp16", "16-true": "fp16"}
 DEFAULTS: dict[str, Any] = {
     "steps_per_print": None,
+    "gradient_clipping": 0.0,  # DeepSpeed's own default is 1.0
     "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False,
     "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},

@@ -37,7 +37,7 @@ from lightning_llm.strategies.deepspeed.optimizers import (
     split_experts,
 )
 from lightning_llm.strategies.deepspeed.pipeline import SCHEDULE, EnginePipeline, pipeline_module
-from lightning_llm.strategies.deepspeed.precision import DeepSpeedPrecision
+from lightning_llm.strategies.deepspeed.precision import DeepSpeedPrecision, check_masters
 from lightning_llm.strategies.deepspeed.settings import EngineSettings, OffloadDevice, check_engine, engine_config
 from lightning_llm.strategies.deepspeed.state import EngineState
 from lightning_llm.strategies.deepspeed.zero import Gradients
@@ -144,6 +144,16 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
         self._cut: Cut | None = None
         self._cut_module: pl.LightningModule | None = None
         self._grid: Grid | None = None
+
+    def _check(self, trainer: pl.Trainer, datamodule: pl.LightningDataModule | None) -> None:
+        super()._check(trainer, datamodule)
+        assert self.dims is not None
+        if trainer.state.fn == TrainerFn.FITTING:
+            check_masters(
+                str(self.precision_plugin.precision),
+                self.settings.zero_stage,
+                pipelined=self.dims.pipeline_parallel_size > 1,
+            )
 
     def _resolve_dims(self, *arguments: Any) -> ParallelDims:
         dims = super()._resolve_dims(*arguments)
