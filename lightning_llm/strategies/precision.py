@@ -50,7 +50,7 @@ class LossScaler:
         self.finite_steps = self.finite_steps + 1 if finite else 0
         if not finite:
             self.scale /= 2
-        elif self.finite_steps == self.growth_interval:
+        elif self.finite_steps >= self.growth_interval:
             self.scale *= 2
             self.finite_steps = 0
 
@@ -193,3 +193,9 @@ class LLMPrecision(Precision):
         """The loss scale of a checkpoint."""
         if self.scaler is not None and state_dict:
             self.scaler.load_state_dict(state_dict)
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The loss scale that the other engine's strategy saved; Lightning keeps it under the plug-in's name."""
+        for name in {"LLMPrecision", "DeepSpeedPrecision"} & checkpoint.keys() - {type(self).__qualname__}:
+            self.load_state_dict(checkpoint[name])

@@ -1,30 +1,130 @@
-"""The optimizer that a module configures, made fit for DeepSpeed's engine."""
+"""The optimizer that a module or DeepSpeed's configuration asks for, made fit for DeepSpeed's engine."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_llm.errors import ConfigurationError
+from lightning_llm.models.adamw import CastingAdamW
 from lightning_llm.models.muon import Muon
 
 Group = dict[str, Any]
 
 
+# Each element of a parameter is changed by what is known of that element alone.
+ELEMENTWISE = ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
+_OTHERS_OF_TORCH = ("Adafactor", "LBFGS", "Muon")
+
+
 def check_optimizer(optimizer: Optimizer, zero_stage: int) -> None:
-    """Refuses optimizers that need whole matrices where ZeRO gives them flat ranges.
+    """Refuses optimizers that need whole parameters where ZeRO gives them flat ranges, and warns of unknown ones.
 
     Raises:
         ConfigurationError: It is one.
     """
-    if zero_stage > 0 and isinstance(optimizer, Muon | getattr(torch.optim, "Muon", Muon)):
+    kind = type(optimizer)
+    if zero_stage == 0 or kind is CastingAdamW or kind.__module__.startswith("deepspeed."):
+        return
+    if isinstance(optimizer, Muon):
+        why = "orthogonalises whole matrices"
+    elif isinstance(
+        optimizer, tuple(getattr(torch.optim, name) for name in _OTHERS_OF_TORCH if hasattr(torch.optim, name))
+    ):
+        why = "computes with whole parameters"
+    else:
+        if not isinstance(optimizer, tuple(getattr(torch.optim, name) for name in ELEMENTWISE)):
+            rank_zero_warn(
+                f"zero_stage={zero_stage} gives {kind.__name__} flat ranges of parameters. That is right only if it "
+                "changes each element by that element alone, and not by the norm or the shape of its parameter."
+            )
+        return
+    raise ConfigurationError(
+        f"{kind.__name__} {why}, and zero_stage={zero_stage} gives each rank flat ranges of them. Set zero_stage to 0, "
+        'use AdamW, or strategy="llm3d".'
+    )
+
+
+def optimizer_of_config(
+    section: Mapping[str, Any], configured: Optimizer | None, parameters: Iterable[nn.Parameter]
+) -> Optimizer:
+    """The optimizer of DeepSpeed's JSON, for all parameters alike. "auto" takes a value from the module's optimizer.
+
+    Args:
+        section: `{"type": "AdamW", "params": {...}}`.
+        configured: What configure_optimizers() returned.
+        parameters: Of the module.
+
+    Raises:
+        ConfigurationError: A type that is not built here, a value that torch's optimizer does not have, or "auto"
+            without one to take it from.
+    """
+    kind, values = str(section.get("type")), dict(section.get("params") or {})
+    if kind.lower() in ("adam", "adamw"):
+        # DeepSpeed's Adam is AdamW unless told otherwise.
+        decoupled = values.pop("adam_w_mode", True) or kind.lower() == "adamw"
+        values = {key: value for key, value in values.items() if key not in ("torch_adam", "fp32_optimizer_states")}
+        kind = "AdamW" if decoupled else "Adam"
+    if kind not in (*ELEMENTWISE, *_OTHERS_OF_TORCH):
         raise ConfigurationError(
-            f"{type(optimizer).__name__} orthogonalises whole matrices, and zero_stage={zero_stage} gives each rank "
-            'flat ranges of them. Set zero_stage to 0, use AdamW, or strategy="llm3d".'
+            f"config: optimizer.type={kind!r} is not built here. Use one of {', '.join(('Adam', *ELEMENTWISE))}, or "
+            "return the optimizer from configure_optimizers()."
         )
+    group = configured.param_groups[0] if configured is not None and configured.param_groups else {}
+    for key in [key for key, value in values.items() if value == "auto"]:
+        if key not in group:
+            raise ConfigurationError(
+                f"config: optimizer.params.{key} is 'auto', and configure_optimizers() returned no optimizer that has "
+                f"it. Write a value."
+            )
+        values[key] = group[key]
+    try:
+        return getattr(torch.optim, kind)([p for p in parameters if p.requires_grad], **values)
+    except TypeError as error:
+        raise ConfigurationError(f"config: optimizer.params do not fit torch.optim.{kind}: {error}.") from None
+
+
+def scheduler_of_config(section: Mapping[str, Any], optimizer: Optimizer, trainer: pl.Trainer) -> LRSchedulerConfig:
+    """The schedule of DeepSpeed's JSON, DeepSpeed's own or torch's; the Trainer steps it after each optimizer step.
+
+    Args:
+        section: `{"type": "WarmupLR", "params": {...}}`. "auto" is filled in for `total_num_steps`, `warmup_max_lr`,
+            `warmup_min_lr`.
+        optimizer: Whose learning rate it sets.
+        trainer: Knows how many steps there are.
+
+    Raises:
+        ConfigurationError: A schedule that does not exist, or an "auto" that nothing decides.
+    """
+    from deepspeed.runtime import lr_schedules
+
+    kind, values = str(section.get("type")), dict(section.get("params") or {})
+    made = getattr(lr_schedules if kind in lr_schedules.VALID_LR_SCHEDULES else torch.optim.lr_scheduler, kind, None)
+    if made is None:
+        raise ConfigurationError(
+            f"config: scheduler.type={kind!r} is not in torch.optim.lr_scheduler, and none of DeepSpeed's: "
+            f"{', '.join(lr_schedules.VALID_LR_SCHEDULES)}."
+        )
+    for key in [key for key, value in values.items() if value == "auto"]:
+        if key == "total_num_steps":
+            values[key] = int(trainer.estimated_stepping_batches)
+        elif key in ("warmup_max_lr", "warmup_min_lr"):
+            values[key] = optimizer.param_groups[0]["lr"] if key == "warmup_max_lr" else 0.0
+        else:
+            raise ConfigurationError(
+                f"config: scheduler.params.{key} is 'auto', and nothing decides it. Write a value."
+            )
+    try:
+        return LRSchedulerConfig(made(optimizer, **values), interval="step")
+    except TypeError as error:
+        raise ConfigurationError(f"config: scheduler.params do not fit {kind}: {error}.") from None
 
 
 def for_host(optimizer: Optimizer) -> Optimizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_llm.errors import ConfigurationError
+from lightning_llm.strategies.deepspeed.monitoring import printed
 from lightning_llm.strategies.deepspeed.settings import HALF_PRECISIONS
 from lightning_llm.strategies.deepspeed.zero import Gradients
 from lightning_llm.strategies.precision import LLMPrecision
@@ -63,6 +65,11 @@ class DeepSpeedPrecision(LLMPrecision):
     def loss_scale(self) -> float:
         return self.gradients.loss_scale if self.gradients is not None else 1.0
 
+    @property
+    def skipped_steps(self) -> int:
+        """Steps of this run that were left out, since gradients had overflowed; `global_step` counts them."""
+        return self.engine.skipped_steps if self.engine is not None else 0
+
     @override
     def pre_backward(self, tensor: Tensor, module: Any) -> Tensor:  # type: ignore[override]
         """The loss as it is: the engine scales it."""
@@ -79,7 +86,7 @@ class DeepSpeedPrecision(LLMPrecision):
         result = closure()
         self._after_closure(model, optimizer)
         assert self.gradients is not None
-        with self.gradients.settled():
+        with self.gradients.settled(), printed() if self.engine.wall_clock_breakdown() else nullcontext():
             step(self.engine)
         return result
 
@@ -102,6 +109,32 @@ class DeepSpeedPrecision(LLMPrecision):
             "gradient_clip_algorithm='value': DeepSpeed's engine clips by the norm alone. Use 'norm', or "
             'strategy="llm3d".'
         )
+
+    @property
+    def _dynamic_scaler(self) -> Any:
+        """DeepSpeed's, of float16; None where the scale does not change."""
+        scaler = getattr(getattr(self.engine, "optimizer", None), "loss_scaler", None)
+        return scaler if getattr(scaler, "dynamic", False) else None
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """The loss scale, as `LossScaler` saves it, and how many overflows DeepSpeed still lets pass."""
+        scaler = self._dynamic_scaler
+        if scaler is None:
+            return {}
+        finite_steps = scaler.cur_iter - scaler.last_overflow_iter - 1
+        if finite_steps > scaler.scale_window:
+            finite_steps = (finite_steps - 1) % scaler.scale_window + 1
+        return {"scale": scaler.cur_scale, "finite_steps": finite_steps, "hysteresis": scaler.cur_hysteresis}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The loss scale of a checkpoint, of either engine."""
+        scaler = self._dynamic_scaler
+        if scaler is not None and state_dict:
+            scaler.cur_scale = float(state_dict["scale"])
+            scaler.cur_iter, scaler.last_overflow_iter = int(state_dict["finite_steps"]), -1
+            scaler.cur_hysteresis = int(state_dict.get("hysteresis", scaler.delayed_shift))
 
     @override
     def main_params(self, optimizer: Optimizer) -> Iterable[nn.Parameter]:  # type: ignore[override]

@@ -6,13 +6,13 @@ Everything that an argument says comes before the JSON, and is told; everything 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lightning_llm.errors import ConfigurationError
+from lightning_llm.strategies.deepspeed.sections import CHOSEN_LATER, LEFT_OUT, read_config, without_effect
 from lightning_llm.strategies.mesh import Size
 from lightning_llm.strategies.sharding import ZeroStage
 
@@ -24,8 +24,8 @@ DEFAULTS: dict[str, Any] = {
     "gradient_clipping": 0.0,  # DeepSpeed's own default is 1.0
     "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False,
-    "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
 }
+PIPELINE = {"pipe_partitioned": False, "grad_partitioned": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +97,17 @@ class EngineSettings:
                 f"offload_parameters={self.offload_parameters!r} without offload_optimizer: the optimizer's states are "
                 "six times as large as 16-bit parameters. Set offload_optimizer too."
             )
+        zero = self.config.get("zero_optimization", {})
+        zero_plus_plus = {
+            "zero_hpz_partition_size": 1,
+            "zero_quantized_weights": False,
+            "zero_quantized_gradients": False,
+        }
+        for name, off in zero_plus_plus.items():
+            if self.zero_stage != 3 and zero.get(name, off) != off:
+                raise ConfigurationError(
+                    f"config: zero_optimization.{name} (ZeRO++) needs zero_stage=3, not {self.zero_stage}."
+                )
         if "nvme" in (self.offload_optimizer, self.offload_parameters) and self.nvme_path is None:
             raise ConfigurationError("Offloading to 'nvme' needs nvme_path: a folder on the disk that is to be used.")
 
@@ -140,28 +151,6 @@ def check_engine(sizes: Mapping[str, Size], settings: EngineSettings) -> None:
         )
 
 
-def read_config(config: Mapping[str, Any] | str | Path | None) -> dict[str, Any]:
-    """A user's configuration, of which nothing is changed.
-
-    Raises:
-        ConfigurationError: There is no such file, or it holds no JSON object.
-    """
-    if config is None:
-        return {}
-    if isinstance(config, Mapping):
-        return copy.deepcopy(dict(config))
-    path = Path(config)
-    if not path.is_file():
-        raise ConfigurationError(f"config={str(config)!r}: there is no such file. Give DeepSpeed's JSON, or a mapping.")
-    try:
-        found = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigurationError(f"config={str(config)!r} is no JSON: {error}.") from None
-    if not isinstance(found, dict):
-        raise ConfigurationError(f"config={str(config)!r} must hold a JSON object, not a {type(found).__name__}.")
-    return found
-
-
 def engine_config(
     settings: EngineSettings,
     *,
@@ -182,7 +171,7 @@ def engine_config(
         trains: Whether there is an optimizer.
 
     Returns:
-        The configuration, and what of the user's was overridden, one line each.
+        The configuration, and what of the user's was overridden or does nothing, one line each.
     """
     zero: dict[str, Any] = {"stage": settings.zero_stage if trains or settings.zero_stage == 3 else 0}
     for key, device in (
@@ -205,12 +194,28 @@ def engine_config(
     }
     if clips:
         decided["gradient_clipping"] = 0.0  # the Trainer says by how much, in each step
-    merged, overridden = merge(DEFAULTS, settings.config)[0], []
-    for key in ("train_batch_size", "tensor_parallel"):
-        if key in merged:
-            overridden.append(f"{key}={merged.pop(key)!r} is left out")
-    merged, changes = merge(merged, decided)
-    return merged, [*overridden, *changes]
+    merged, changes = merge(merge(DEFAULTS, settings.config)[0], decided)
+    for key in (*LEFT_OUT, *CHOSEN_LATER):
+        section, _, name = key.rpartition(".")
+        (merged.get(section, {}) if section else merged).pop(name, None)
+    merged["pipeline"] = PIPELINE
+    if merged.get("wall_clock_breakdown") and merged["steps_per_print"] is None:
+        merged["steps_per_print"] = 10  # a pipeline divides by it
+    return merged, [*without_effect(settings.config), *changes]
+
+
+def check_by_deepspeed(config: dict[str, Any], mpu: Any) -> None:
+    """Has DeepSpeed read a configuration, before anything is built with it.
+
+    Raises:
+        ConfigurationError: with its reason, where it refuses a key or a value.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+
+    try:
+        DeepSpeedConfig(copy.deepcopy(config), mpu=mpu)
+    except (DeepSpeedConfigError, ValueError, AssertionError) as error:
+        raise ConfigurationError(f"DeepSpeed does not take its configuration: {error}") from None
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], list[str]]:

@@ -165,12 +165,15 @@ class EngineState:
             start = length * parameter.ds_zero_partition_rank
             own = min(length, max(0, parameter.ds_numel - start))  # the last ranks' may be padded
             return Fragment(flat, offset, min(start, parameter.ds_numel), own, subgroup)
-        if parameter.requires_grad and hasattr(optimizer, "single_partition_of_fp32_groups"):  # ZeRO-1 and 2
+        masters = getattr(optimizer, "single_partition_of_fp32_groups", None)  # ZeRO-1 and 2
+        if masters is None:  # ZeRO-1 in bfloat16, where gradients are accumulated in float32
+            masters = getattr(optimizer, "fp32_groups_flat_partition", None)
+        if parameter.requires_grad and masters is not None:
             mapping = parameter._hp_mapping
             if mapping is None:
                 return None
             place, address = mapping.lp_fragment_address, mapping.hp_fragment_address
-            flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+            flat = masters[mapping.param_group_index]
             return Fragment(flat, address.start, place.start, place.numel)
         return Fragment(parameter, 0, 0, parameter.numel())
 

@@ -27,6 +27,7 @@ from lightning_llm.strategies.checks import check_others, mark_as_cut, target_of
 from lightning_llm.strategies.context import ContextMethod
 from lightning_llm.strategies.deepspeed.cutting import Cut, cut, materialize, reduce_replicated
 from lightning_llm.strategies.deepspeed.grid import Grid
+from lightning_llm.strategies.deepspeed.monitoring import printed_for_debugging, quieten, watch
 from lightning_llm.strategies.deepspeed.ops import import_deepspeed, prepare_ops
 from lightning_llm.strategies.deepspeed.optimizers import (
     Group,
@@ -34,11 +35,20 @@ from lightning_llm.strategies.deepspeed.optimizers import (
     follow,
     for_host,
     groups_by_name,
+    optimizer_of_config,
+    scheduler_of_config,
     split_experts,
 )
 from lightning_llm.strategies.deepspeed.pipeline import SCHEDULE, EnginePipeline, pipeline_module
 from lightning_llm.strategies.deepspeed.precision import DeepSpeedPrecision, check_masters
-from lightning_llm.strategies.deepspeed.settings import EngineSettings, OffloadDevice, check_engine, engine_config
+from lightning_llm.strategies.deepspeed.sections import CHOSEN_LATER
+from lightning_llm.strategies.deepspeed.settings import (
+    EngineSettings,
+    OffloadDevice,
+    check_by_deepspeed,
+    check_engine,
+    engine_config,
+)
 from lightning_llm.strategies.deepspeed.state import EngineState
 from lightning_llm.strategies.deepspeed.zero import Gradients
 from lightning_llm.strategies.layout import Layout, Recompute
@@ -180,6 +190,7 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
         if trainer.state.fn == TrainerFn.FITTING:
             self._reset_optimizers_and_schedulers()
             self.setup_optimizers(trainer)
+            self._take_from_config(trainer)
             self._optimizer = self._fit_optimizer(self.lightning_module)
             self._start_engine(self._optimizer)
             self.optimizers = [self.engine.optimizer]  # whose zero_grad() leaves the masters' gradients alone
@@ -198,7 +209,16 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
             needed.append("async_io")
         ready = prepare_ops(needed)
         self._has_cpu_adam = self.reduce_boolean_decision("cpu_adam" in ready)
+        if (
+            self.precision_plugin.compute_dtype == torch.float16
+            and not deepspeed.accelerator.get_accelerator().is_fp16_supported()
+        ):
+            raise ConfigurationError(
+                f"precision={self.precision_plugin.precision!r}: DeepSpeed has no float16 on this "
+                f"{self.root_device.type}. Use precision='bf16-mixed'."
+            )
         deepspeed.init_distributed(dist_init_required=False)
+        quieten()
 
     @property
     def _is_pipelined(self) -> bool:
@@ -263,6 +283,22 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
 
     # -- the engine --
 
+    def _take_from_config(self, trainer: pl.Trainer) -> None:
+        """Optimizer and schedule of DeepSpeed's configuration, which come before those of configure_optimizers()."""
+        config, module = self.settings.config, self.lightning_module
+        assert module is not None
+        if section := config.get("optimizer"):
+            configured = self.optimizers[0] if self.optimizers else None
+            self.optimizers = [optimizer_of_config(section, configured, module.parameters())]
+            self.lr_scheduler_configs = []
+        if section := config.get("scheduler"):
+            self.lr_scheduler_configs = [scheduler_of_config(section, self.optimizers[0], trainer)]
+        if told := [key for key in CHOSEN_LATER if config.get(key)]:
+            rank_zero_info(
+                f"DeepSpeed's configuration has the {' and the '.join(told)}: what configure_optimizers() returned is "
+                f"not used{'' if 'optimizer' in told else ' for it'}."
+            )
+
     def _fit_optimizer(self, module: pl.LightningModule) -> Optimizer:
         """Makes of the module's optimizer what the engine takes."""
         if len(self.optimizers) != 1:
@@ -291,6 +327,7 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
             clips=trainer.gradient_clip_val is not None,
             trains=trains,
         )
+        check_by_deepspeed(config, self._grid)
         if overridden and not self._told:
             rank_zero_info("Of DeepSpeed's configuration: " + "; ".join(overridden))
         self._told = True
@@ -306,18 +343,31 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
             self.engine.destroy()
         module = self.lightning_module
         model: Any = module
+        if section := self.settings.config.get("activation_checkpointing"):
+            deepspeed.checkpointing.configure(
+                mpu_=self._grid,
+                partition_activations=section.get("partition_activations"),
+                contiguous_checkpointing=section.get("contiguous_memory_optimization"),
+                num_checkpoints=section.get("number_checkpoints"),
+                checkpoint_in_cpu=section.get("cpu_checkpointing"),
+                synchronize=section.get("synchronize_checkpoint_boundary"),
+                profile=section.get("profile"),
+            )
         if self._is_pipelined:
-            model = pipeline_module(self._decoder, self.meshes, self._tied_across_stages())
+            with printed_for_debugging():
+                model = pipeline_module(self._decoder, self.meshes, self._tied_across_stages())
             for name, parameter in self._decoder.named_parameters():
                 parameter.ds_pipe_replicated = name in self._copies  # type: ignore[attr-defined]  # left out of norms
         trains = module.trainer.state.fn == TrainerFn.FITTING
-        self.engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=self._engine_config(trains=trains),
-            mpu=None if self._is_pipelined else self._grid,
-            dist_init_required=False,
-        )
+        with printed_for_debugging():
+            self.engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                config=self._engine_config(trains=trains),
+                mpu=None if self._is_pipelined else self._grid,
+                dist_init_required=False,
+            )
+        watch(self.engine, module.trainer)
         self.gradients = Gradients(self.engine, self.root_device)
         self.precision_plugin.attach_engine(self.engine, self.gradients, self._finish_gradients)
         if self._is_pipelined:
@@ -376,6 +426,12 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
     def precision_plugin(self, plugin: Precision | None) -> None:
         if plugin is not None and not isinstance(plugin, DeepSpeedPrecision):
             plugin = DeepSpeedPrecision(str(plugin.precision))
+        if plugin is not None and plugin.compute_dtype != torch.float32 and self.settings.zero_stage == 0:
+            raise ConfigurationError(
+                f"precision={plugin.precision!r} with zero_stage=0: there every rank would keep float32 masters and "
+                "states of all 16-bit weights, in an optimizer of DeepSpeed's that checkpoints do not reach. Set "
+                "zero_stage=1: the same arithmetic, the same traffic, and the masters are shared out."
+            )
         self._precision_plugin: DeepSpeedPrecision | None = plugin
 
     def _finish_gradients(self) -> None:

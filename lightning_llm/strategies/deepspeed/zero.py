@@ -38,7 +38,12 @@ class Gradients:
     @property
     def loss_scale(self) -> float:
         """What the loss was multiplied by."""
-        return float(self._engine.optimizer.loss_scale) if self.partitioned else 1.0
+        return float(getattr(self._engine.optimizer, "loss_scale", 1.0))
+
+    @property
+    def _buffers(self) -> list[Tensor] | None:
+        """Of the optimizer that accumulates in float32 (ZeRO-1 in bfloat16 alone), which has all gradients, flat."""
+        return getattr(self._engine.optimizer, "fp32_groups_gradients_flat", None)
 
     def norm(self) -> Tensor:
         """Euclidean norm over every axis, equal on all ranks; not scaled, not clipped. Computed once a step."""
@@ -55,19 +60,17 @@ class Gradients:
         """Within it the engine steps, with gradients multiplied by what `scale` was told."""
         factor, norm = self._factor, self._norm
         self._factor, self._norm = 1.0, None
-        if not self.partitioned:
+        if not self.partitioned or self._buffers is not None:
             if not isinstance(factor, float) or factor != 1.0:
-                for gradient in local_gradients(self._engine.module.parameters()):
+                for gradient in self._buffers or local_gradients(self._engine.module.parameters()):
                     gradient.mul_(factor)
             yield
             return
         optimizer = self._engine.optimizer
         scale = optimizer.loss_scale
         with _remembered_norm(optimizer, norm * scale if norm is not None else None):
-            if isinstance(factor, float) and factor == 1.0:
-                yield
-                return
-            # ZeRO divides gradients by the loss scale on their way into the optimizer, and by nothing else.
+            # ZeRO divides gradients by the loss scale on their way into the optimizer, and by nothing else. It reads it
+            # after the scale was adapted: without a fixed one, a step at which it doubles would halve the gradients.
             before = optimizer.custom_loss_scaler, optimizer.external_loss_scale
             optimizer.custom_loss_scaler, optimizer.external_loss_scale = True, scale / float(factor)
             try:
@@ -81,12 +84,25 @@ class Gradients:
         optimizer = self._engine.optimizer
         if not self.partitioned:
             return self._norm_of_parameters()
+        if self._buffers is not None:
+            return self._norm_of_buffers()
         if hasattr(optimizer, "scaled_global_norm"):
             norm = optimizer.scaled_global_norm()
         else:
             norm = combine_grad_norm_groups(optimizer._get_norm_groups())
         norm = torch.as_tensor(norm, dtype=torch.float32, device=self._device)
         return norm.new_full((), float("inf")) if is_invalid_grad_norm(norm) else norm
+
+    def _norm_of_buffers(self) -> Tensor:
+        from deepspeed.runtime.utils import get_global_norm_of_tensors, get_norm_with_moe_layers
+
+        optimizer = self._engine.optimizer
+        shared, experts = optimizer.get_grads_for_norm()
+        norm = get_global_norm_of_tensors(input_tensors=shared, mpu=optimizer.mpu)
+        if optimizer.has_moe_layers:
+            norm = get_norm_with_moe_layers(norm, mpu=optimizer.mpu, expert_tensors=experts)
+        norm = torch.as_tensor(norm, dtype=torch.float32, device=self._device)
+        return torch.where(norm < 0, float("inf"), norm)
 
     def _norm_of_parameters(self) -> Tensor:
         """Each rank adds what it has alone, and of what several have the first one's: tensor ranks, expert replicas."""
