@@ -8,6 +8,7 @@ from lightning_llm.callbacks.checkpoint import AsyncDistributedCheckpoint
 from lightning_llm.callbacks.fp8 import FP8Precision
 from lightning_llm.callbacks.preemption import Preemption
 from lightning_llm.callbacks.progress import StepProgressBar
+from lightning_llm.callbacks.spike_guard import SpikeGuard
 from lightning_llm.callbacks.summary import RunSummary
 from lightning_llm.callbacks.throughput import Throughput
 from lightning_llm.callbacks.tracking import WandbLogger
@@ -17,6 +18,7 @@ __all__ = [
     "FP8Precision",
     "Preemption",
     "RunSummary",
+    "SpikeGuard",
     "StepProgressBar",
     "Throughput",
     "WandbLogger",

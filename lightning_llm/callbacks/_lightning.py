@@ -48,7 +48,7 @@ def return_signals_to_lightning(trainer: pl.Trainer) -> None:
 def release_children(trainer: pl.Trainer) -> None:
     """All ranks are about to exit with the same code, and the first one's is the run's.
 
-    Lightning's observer kills the main process with SIGKILL when a child's exit code is not 0; ours takes its code over.
+    Lightning's observer kills the main process with SIGKILL when a child's exit code is not 0; ours hands it on.
     """
     launcher = trainer.strategy.launcher
     if isinstance(launcher, _SubprocessScriptLauncher) and not isinstance(launcher, ProcessLauncher):

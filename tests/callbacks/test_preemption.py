@@ -17,9 +17,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_llm import LLM3DStrategy, TokenDataModule
+from lightning_llm import TokenDataModule
 from lightning_llm.callbacks import AsyncDistributedCheckpoint, Preemption
-from lightning_llm.callbacks.agreement import Reading
 from lightning_llm.checkpoint.store import open_store
 from lightning_llm.checkpoint.verify import verify
 from lightning_llm.data.tokenize import tokenize
@@ -144,3 +143,164 @@ def test_all_ranks_stop_at_one_step_and_the_run_goes_on_as_if_nothing_was(
     for rank in run_distributed(resumed, world_size, pages, folder, world_size, strategy, arguments, timeout=100):
         done = stopped * arguments.get("accumulate_grad_batches", 1)
         assert rank["resumed"] == rank["undisturbed"][done:] and rank["equal"] and rank["steps"] == 12
+
+
+# -- processes of their own --
+
+SCRIPT = """
+import os, sys, time
+from lightning.pytorch import Callback, Trainer
+import lightning_llm
+from lightning_llm.callbacks import AsyncDistributedCheckpoint, Preemption
+
+class Tell(Callback):
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        print(f"rank {trainer.global_rank} pid {os.getpid()} step {trainer.global_step}", flush=True)
+        time.sleep(0.05)
+
+class Hold(Callback):  # a save that takes its time: the second signal finds it there
+    def on_save_checkpoint(self, trainer, module, checkpoint):
+        print("saving", flush=True)
+        time.sleep(float(sys.argv[4]))
+
+trainer = Trainer(strategy=sys.argv[1], accelerator="cpu", devices=2, max_steps=100000, logger=False,
+                  enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+                  callbacks=[Preemption(debounce=0.2), Tell(), Hold(), AsyncDistributedCheckpoint(sys.argv[3])])
+trainer.fit(lightning_llm.LLMModule("tiny", vocab_size=512, schedule="constant"),
+            datamodule=lightning_llm.TokenDataModule(sys.argv[2], batch_size=8, seq_len=16))
+"""
+
+
+class Process:
+    """A run in processes of its own, which tells ranks and steps on its output."""
+
+    def __init__(self, command: list[Any], folder: Path) -> None:
+        self.log = folder / "stderr"
+        self.process = subprocess.Popen(
+            [str(part) for part in command],
+            stdout=subprocess.PIPE,
+            stderr=self.log.open("w"),
+            text=True,
+            start_new_session=True,
+        )
+        assert self.process.stdout is not None
+        self.output: Iterator[str] = iter(self.process.stdout)
+
+    def pids(self, ranks: int) -> dict[int, int]:
+        """Rank -> pid, once all of them train."""
+        found: dict[int, int] = {}
+        for line in self.output:
+            match = re.match(r"rank (\d) pid (\d+) step", line)
+            if match:
+                found[int(match[1])] = int(match[2])
+            if len(found) == ranks:
+                return found
+        raise AssertionError(f"the run ended before all ranks trained: {self.log.read_text()}")
+
+    def until(self, text: str) -> None:
+        """Reads on until it says this."""
+        assert any(text in line for line in self.output), self.log.read_text()
+
+    def end(self) -> int:
+        """Its exit code, soon."""
+        assert self.process.stdout is not None
+        self.process.stdout.read()
+        return self.process.wait(timeout=60)
+
+    def steps(self, folder: Path) -> list[str]:
+        return sorted(path.name for path in folder.glob("*.ckpt"))
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Any]:
+    started: list[Process] = []
+
+    def run(command: list[Any]) -> Process:
+        started.append(Process(command, tmp_path))
+        return started[-1]
+
+    yield run
+    for run_ in started:
+        if run_.process.poll() is None:
+            os.killpg(run_.process.pid, signal.SIGKILL)
+            run_.process.wait()
+
+
+def script(tmp_path: Path, strategy: str, pages: Path, hold: float = 0.0) -> list[Any]:
+    path = tmp_path / "run.py"
+    path.write_text(SCRIPT)
+    return [path, strategy, pages, tmp_path / "run", hold]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "rank", "signum"),
+    [
+        pytest.param("llm3d", 0, signal.SIGTERM, id="llm3d, to the main process"),
+        pytest.param("llm3d", 1, signal.SIGUSR1, id="llm3d, to the other one", marks=pytest.mark.slow),
+        pytest.param("ddp", 0, signal.SIGTERM, id="ddp, to the main process", marks=pytest.mark.slow),
+        pytest.param("ddp", 1, signal.SIGTERM, id="ddp, to the other one", marks=pytest.mark.slow),
+    ],
+)
+def test_the_shell_gets_75(
+    tmp_path: Path, pages: Path, start: Any, strategy: str, rank: int, signum: signal.Signals
+) -> None:
+    run = start([sys.executable, *script(tmp_path, strategy, pages)])
+    os.kill(run.pids(2)[rank], signum)
+    assert run.end() == STOPPED, run.log.read_text()
+    assert "stopped after step" in run.log.read_text() and "Traceback" not in run.log.read_text()
+    assert len(run.steps(tmp_path / "run")) >= 1
+
+
+@pytest.mark.slow
+def test_a_signal_to_all_processes_of_torchrun(tmp_path: Path, pages: Path, start: Any) -> None:
+    """As a scheduler does: torchrun passes it on once more. Its own exit code is its own, but the run is saved."""
+    torchrun = Path(sysconfig.get_path("scripts")) / "torchrun"
+    run = start([torchrun, "--standalone", "--nproc-per-node=2", *script(tmp_path, "llm3d", pages)])
+    run.pids(2)
+    os.killpg(run.process.pid, signal.SIGTERM)
+    assert run.end() not in (0, None)
+    (saved,) = run.steps(tmp_path / "run")[-1:]
+    assert not verify(open_store(str(tmp_path / "run")), saved)
+
+
+@pytest.mark.slow
+def test_one_worker_of_torchrun_is_told(tmp_path: Path, pages: Path, start: Any) -> None:
+    torchrun = Path(sysconfig.get_path("scripts")) / "torchrun"
+    run = start([torchrun, "--standalone", "--nproc-per-node=2", *script(tmp_path, "llm3d", pages)])
+    os.kill(run.pids(2)[1], signal.SIGTERM)
+    assert run.end() not in (0, None)
+    assert re.search(r"exitcode\s*: 75", run.log.read_text()), run.log.read_text()
+    assert run.steps(tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["llm3d", "ddp"])
+def test_a_second_signal_ends_it_at_once(tmp_path: Path, pages: Path, start: Any, strategy: str) -> None:
+    run = start([sys.executable, *script(tmp_path, strategy, pages, hold=30)])
+    pids = run.pids(2)
+    os.kill(pids[0], signal.SIGTERM)
+    run.until("saving")
+    time.sleep(0.3)  # what comes sooner counts as the first one
+    began = time.monotonic()
+    os.kill(pids[0], signal.SIGTERM)
+    assert run.end() == -signal.SIGTERM
+    assert time.monotonic() - began < 10
+    assert not run.steps(tmp_path / "run")
+
+
+def test_the_command_ends_with_75(tmp_path: Path, pages: Path, start: Any) -> None:
+    run = start(
+        [
+            *(COMMAND, "fit", "--model.model=tiny", "--model.vocab_size=512", "--model.schedule=constant"),
+            *(f"--data.path={pages}", "--data.seq_len=16", "--trainer.accelerator=cpu", "--trainer.devices=1"),
+            *("--trainer.max_steps=1000000", "--trainer.logger=false", "--trainer.limit_val_batches=0"),
+            f"--trainer.default_root_dir={tmp_path}",
+            "--trainer.callbacks+=lightning_llm.callbacks.StepProgressBar",
+            "--trainer.callbacks+=lightning_llm.callbacks.Preemption",
+        ]
+    )
+    run.until("step ")
+    os.kill(run.process.pid, signal.SIGUSR1)
+    assert run.end() == STOPPED, run.log.read_text()
+    assert "lightning-llm: SIGUSR1: stopped after step" in run.log.read_text()
+    assert list(tmp_path.rglob("*.ckpt"))
