@@ -299,7 +299,8 @@ def usage() -> str:
 def main() -> int:
     """Runs the command in sys.argv; returns its exit code.
 
-    0 done, 1 an error, 2 wrong arguments or settings, 77 no checkpoint that can be believed, 130 interrupted.
+    0 done, 1 an error, 2 wrong arguments or settings, 75 preempted, 76 diverged, 77 no checkpoint that can be believed,
+    130 interrupted.
     """
     argv = sys.argv[1:]
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -333,11 +334,11 @@ def trainer_cli(module_class: type[LightningModule], data_class: type[LightningD
 def _answer(run: Callable[[], int], prog: str = "lightning-llm") -> int:
     """Runs a command; says in one sentence what the user can change."""
     try:
-        from lightning_llm.errors import ConfigurationError, NoGoodCheckpointError
+        from lightning_llm.errors import ConfigurationError, EndOfRunError
 
         try:
             return run()
-        except NoGoodCheckpointError as error:
+        except EndOfRunError as error:
             print(f"{prog}: {error.message}", file=sys.stderr)
             return error.EXIT_CODE
         except ValueError as error:

@@ -25,14 +25,14 @@ class CheckpointError(RuntimeError):
     """A checkpoint that could not be saved. Nothing that was committed before is affected."""
 
 
-class NoGoodCheckpointError(SystemExit):
-    """There are checkpoints, and none of them can be believed; the program ends with 77.
+class EndOfRunError(SystemExit):
+    """The run ends here, with an exit code that tells a scheduler what to do with it.
 
-    It is a `SystemExit`, so that a script that nobody watches ends with the exit code which tells its scheduler that a
-    restart will not help. What is wrong with which checkpoint has been logged by then, and is the exception's text.
+    It is a `SystemExit`, so that a script that nobody watches ends with that code. Why it ends has been logged by then,
+    and is the exception's text.
     """
 
-    EXIT_CODE: ClassVar[int] = 77
+    EXIT_CODE: ClassVar[int] = 1
 
     def __init__(self, message: str) -> None:
         super().__init__(self.EXIT_CODE)
@@ -40,3 +40,21 @@ class NoGoodCheckpointError(SystemExit):
 
     def __str__(self) -> str:
         return self.message
+
+
+class PreemptedError(EndOfRunError):
+    """The run was told to stop and has saved what it needs to go on; exit code 75 (`EX_TEMPFAIL`): queue it again."""
+
+    EXIT_CODE = 75
+
+
+class DivergedError(EndOfRunError):
+    """Training has diverged, and neither skipping nor rewinding has helped; exit code 76: a restart will not help."""
+
+    EXIT_CODE = 76
+
+
+class NoGoodCheckpointError(EndOfRunError):
+    """There are checkpoints, and none of them can be believed; exit code 77: a restart will not help."""
+
+    EXIT_CODE = 77

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+
+from lightning_llm.strategies.launcher import ProcessLauncher
 
 
 def dump_checkpoint(trainer: pl.Trainer, weights_only: bool) -> dict[str, Any]:
@@ -16,3 +20,43 @@ def dump_checkpoint(trainer: pl.Trainer, weights_only: bool) -> dict[str, Any]:
 def checkpoint_folder(callback: ModelCheckpoint, trainer: pl.Trainer) -> str:
     """Where a ModelCheckpoint saves: its `dirpath`, or else what the loggers say."""
     return str(callback._ModelCheckpoint__resolve_ckpt_dir(trainer))  # type: ignore[attr-defined]
+
+
+def run_last(callback: Callback, trainer: pl.Trainer) -> None:
+    """Has a callback's hooks called after those of all others, from the next hook on."""
+    # A new list: Lightning may be iterating over the present one.
+    trainer.callbacks = [other for other in trainer.callbacks if other is not callback] + [callback]  # type: ignore[attr-defined]
+
+
+def keep_signals_from_lightning(trainer: pl.Trainer) -> None:
+    """Until `return_signals_to_lightning`, Lightning installs no signal handlers and does not ask for signals.
+
+    Its handler for SIGTERM broadcasts where the signal finds the process: unless all ranks get it between the same two
+    collectives, the run hangs (Lightning issue 20806). And where there are several ranks, it asks rank 0 before each
+    batch whether it has got one, for which the host waits for the device.
+    """
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+
+def return_signals_to_lightning(trainer: pl.Trainer) -> None:
+    """Undoes `keep_signals_from_lightning`. Idempotent."""
+    vars(trainer._signal_connector).pop("register_signal_handlers", None)
+    vars(trainer.fit_loop.epoch_loop).pop("_broadcast_sigterm_tensor", None)
+
+
+def release_children(trainer: pl.Trainer) -> None:
+    """All ranks are about to exit with the same code, and the first one's is the run's.
+
+    Lightning's observer kills the main process with SIGKILL when a child's exit code is not 0; ours hands it on.
+    """
+    launcher = trainer.strategy.launcher
+    if isinstance(launcher, _SubprocessScriptLauncher) and not isinstance(launcher, ProcessLauncher):
+        launcher.procs.clear()  # the list that the observer looks at
+
+
+def kill_children(trainer: pl.Trainer) -> None:
+    """Ends the ranks that this process has started, if it has."""
+    launcher = trainer.strategy.launcher
+    if isinstance(launcher, _SubprocessScriptLauncher):
+        launcher.kill(signal.SIGKILL)

@@ -311,6 +311,37 @@ class AsyncDistributedCheckpoint(ModelCheckpoint):
 
     # -- saving --
 
+    def save_now(self, trainer: pl.Trainer) -> str:
+        """Saves the state as it is, whatever is due, and returns when it is committed. Collective.
+
+        Where the last save was of this very step, it only waits for that one. What is saved here counts as resumed
+        from: it does not take the place of any other checkpoint, and is removed once nothing needs it.
+
+        Returns:
+            The checkpoint's path.
+
+        Raises:
+            CheckpointError: It could not be saved.
+        """
+        self._settle(trainer)
+        if self._last_global_step_saved != trainer.global_step or not self._last_checkpoint_saved:
+            candidates = self._monitor_candidates(trainer)
+            self._due = (time.monotonic(), {name: getattr(self, name) for name in _DECISIONS if hasattr(self, name)})
+            self._save_checkpoint(trainer, self._get_metric_interpolated_filepath_name(candidates, trainer))
+            self._save_last_checkpoint(trainer, candidates)
+            self._settle(trainer)
+            if self.latest is not None and self.latest.error is not None:
+                raise CheckpointError(f"The checkpoint {self.latest.path} could not be saved: {self.latest.error}")
+        return self._last_checkpoint_saved
+
+    def settle(self, trainer: pl.Trainer) -> None:
+        """Waits until nothing is being written. Collective.
+
+        Raises:
+            CheckpointError: The save failed, and as many before it as `on_failure` allows.
+        """
+        self._settle(trainer)
+
     @override
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         self._settle(trainer)

@@ -247,6 +247,21 @@ def _list(problems: list[Problem]) -> str:
     return "; ".join(map(str, problems[:3])) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
 
 
+def saved_before(url: str, step: int) -> list[str]:
+    """Paths of the checkpoints in a folder that were saved before a step, newest first, good or bad. Collective."""
+
+    def find() -> list[str]:
+        store, found = open_store(url), []
+        for name in store.names():
+            with suppress(ManifestError, OSError):
+                manifest = Manifest.from_bytes(store.manifest(name))
+                if manifest.step < step and not manifest.weights_only:
+                    found.append((manifest.step, manifest.created, f"{store.url}/{name}"))
+        return [path for *_, path in sorted(found, reverse=True)]
+
+    return _Ranks(alone=False).of_first(find)
+
+
 def newest_step(url: str) -> int:
     """The latest step of the checkpoints in a folder, good or bad; -1 if there is none."""
     store, steps = open_store(url), [-1]

@@ -113,6 +113,15 @@ class ShardedState(ProcessGrid):
         self._random_state = self._saved_random_state(checkpoint) if fitting else None
         return checkpoint.trainer_state()
 
+    def rewind(self, checkpoint: Checkpoint) -> None:
+        """Puts weights and optimizer states where a checkpoint has them, in the midst of a fit. Collective.
+
+        Loops, data, schedulers and random generators go on from where they are.
+        """
+        assert self.lightning_module is not None
+        reshard_all(self.lightning_module)
+        self._restore(checkpoint, self.optimizers)
+
     def _restore(self, checkpoint: Checkpoint, optimizers: list[Optimizer]) -> None:
         assert self.lightning_module is not None
         restore(checkpoint, self.lightning_module, optimizers, self._aliases())

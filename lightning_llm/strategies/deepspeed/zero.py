@@ -6,7 +6,7 @@ What is private in deepspeed 0.19 stands here and in state.py.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class Gradients:
         self._device = device
         self._factor: Tensor | float = 1.0
         self._norm: Tensor | None = None
+        self._discarded = False
 
     @property
     def partitioned(self) -> bool:
@@ -55,11 +56,22 @@ class Gradients:
         """Multiplies all gradients, in the step that is to come."""
         self._factor = self._factor * factor
 
+    def discard(self) -> None:
+        """Leaves out the step that is to come: weights, states and loss scale stay as they are."""
+        self._discarded = True
+
     @contextmanager
     def settled(self) -> Iterator[None]:
         """Within it the engine steps, with gradients multiplied by what `scale` was told."""
-        factor, norm = self._factor, self._norm
-        self._factor, self._norm = 1.0, None
+        factor, norm, discarded = self._factor, self._norm, self._discarded
+        self._factor, self._norm, self._discarded = 1.0, None, False
+        if discarded:
+            with _overflowing(self._engine.optimizer) if self.partitioned else nullcontext():
+                if not self.partitioned:
+                    for parameter in self._engine.module.parameters():
+                        parameter.grad = None
+                yield
+            return
         if not self.partitioned or self._buffers is not None:
             if not isinstance(factor, float) or factor != 1.0:
                 for gradient in self._buffers or local_gradients(self._engine.module.parameters()):
@@ -126,6 +138,27 @@ class Gradients:
             dist.all_reduce(shared, group=mpu.get_model_parallel_group())
         dist.all_reduce(experts, group=engine.seq_data_parallel_group)
         return (shared + experts / replicas).sqrt()
+
+
+@contextmanager
+def _overflowing(optimizer: Any) -> Iterator[None]:
+    """Has a ZeRO optimizer treat its gradients as it does such as overflow, but for its loss scale."""
+    if hasattr(optimizer, "clear_hp_grads"):  # the one with buffers of its own, which looks for no overflow
+        optimizer.step = lambda *_: optimizer.clear_hp_grads()
+        try:
+            yield
+        finally:
+            del optimizer.step
+        return
+    checks = optimizer.check_grad_overflow
+    optimizer.check_grad_overflow = True
+    optimizer.has_overflow = lambda *_, **__: True
+    optimizer._update_scale = lambda *_: None
+    try:
+        yield
+    finally:
+        optimizer.check_grad_overflow = checks
+        del optimizer.has_overflow, optimizer._update_scale
 
 
 @contextmanager
