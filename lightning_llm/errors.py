@@ -40,3 +40,16 @@ class NoGoodCheckpointError(SystemExit):
 
     def __str__(self) -> str:
         return self.message
+
+
+class StragglerError(SystemExit):
+    """This rank slows all others down and shall be left out; its program ends with 75, which asks for a restart."""
+
+    EXIT_CODE: ClassVar[int] = 75
+
+    def __init__(self, message: str) -> None:
+        super().__init__(self.EXIT_CODE)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message

@@ -92,9 +92,7 @@ def fits(layout: Layout, model: tuple[float, int, int]) -> bool:
     shape = gpt(layers, hidden)
     assert shape.num_parameters / 1e9 == pytest.approx(billions, rel=0.1)
     result = estimate(shape, layout, WORKLOAD, Cluster(V100, layout.world_size, layout.world_size, V100.memory))
-    return (
-        result.memory.total <= V100.memory and result.host_bytes <= DGX_2.memory and result.disk_bytes <= DGX_2.disk
-    )
+    return result.memory.total <= V100.memory and result.host_bytes <= DGX_2.memory and result.disk_bytes <= DGX_2.disk
 
 
 @pytest.mark.parametrize("name", LARGEST)
