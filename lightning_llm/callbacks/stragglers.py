@@ -69,8 +69,9 @@ class Stragglers(Callback):
     end and read at the next's: neither host nor device waits for it. Pipeline stages have different work, so on a CPU a
     rank is compared with those of its stage only.
 
-    Logged are `stragglers/worst_score` (1 is as fast as the median or faster) and `stragglers/rank` which has it. A
-    warning names rank, host and by how much, when a rank becomes slow or late; a line says when all are well again.
+    Loggers get once a window `stragglers/worst_score` (1 is as fast as the median or faster) and `stragglers/rank`
+    which has it. A warning names rank, host and by how much, when a rank becomes slow or late; a line says when all are
+    well again.
 
     Args:
         every_n_steps: The window, optimizer steps.
@@ -133,11 +134,7 @@ class Stragglers(Callback):
         if ends_step:
             self._last_step = trainer.global_step
             self._steps += 1
-            self._read()
-        if self.found is not None:
-            worst = min(range(len(self.found.scores)), key=self.found.scores.__getitem__)
-            pl_module.log("stragglers/worst_score", torch.tensor(self.found.scores[worst]), batch_size=1)
-            pl_module.log("stragglers/rank", torch.tensor(float(worst)), batch_size=1)
+            self._read(trainer)
         self._own.end(ends_step)
         if ends_step and self._steps % self.every_n_steps == 0:
             self._ask()
@@ -145,7 +142,7 @@ class Stragglers(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._group is not None:
-            self._read()
+            self._read(trainer)
             dist.destroy_process_group(self._group)
             self._group, self._own = None, None
 
@@ -157,7 +154,7 @@ class Stragglers(Callback):
         assert work is not None
         self._pending = (work, everyone)
 
-    def _read(self) -> None:
+    def _read(self, trainer: Trainer) -> None:
         """What was asked for at the step before: every rank has answered by now, or will at once."""
         if self._pending is None:
             return
@@ -166,14 +163,21 @@ class Stragglers(Callback):
         work.wait()
         rows = everyone.view(len(self._hosts), -1).tolist()
         self.found = judge([Medians(*row) for row in rows], self.threshold)
+        worst = min(range(len(rows)), key=self.found.scores.__getitem__)
+        # Not `LightningModule.log`, which would cost more at every step than all the rest does in a window.
+        for logger in trainer.loggers:
+            figures = {"stragglers/worst_score": self.found.scores[worst], "stragglers/rank": float(worst)}
+            logger.log_metrics(figures, step=trainer.global_step)
         self._tell(self.found)
         me = dist.get_rank()
         self._in_a_row = self._in_a_row + 1 if me in self.found.slow else 0
         if self.evict and self._in_a_row >= EVICT_AFTER:
-            raise StragglerError(
+            error = StragglerError(
                 f"rank {me} on {self._hosts[me]} computed {self.found.slow[me]:.2f}x as long as the median rank in "
                 f"{EVICT_AFTER} windows of {self.every_n_steps} steps. Restart without this host."
             )
+            log.error(str(error))  # a SystemExit ends the program without a word
+            raise error
 
     def _tell(self, found: Scores) -> None:
         """Once per change."""
