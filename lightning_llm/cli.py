@@ -171,6 +171,17 @@ def plan(
     pipeline: int | None = None,
     context: int | None = None,
     expert: int | None = None,
+    mtbf: float | None = None,
+    device_mtbf: float | None = None,
+    failure_shape: float = 1.0,
+    detection_time: float = 60.0,
+    restart_time: float = 300.0,
+    planned_every: float | None = None,
+    planned_time: float = 0.0,
+    checkpoint_interval: float | None = None,
+    checkpoint_time: float | None = None,
+    checkpoint_write_time: float | None = None,
+    run_days: float = 30.0,
     config: str | None = None,
     dry_run: bool = False,
     json: bool = False,
@@ -198,15 +209,40 @@ def plan(
         pipeline: Stages, if not to be chosen.
         context: Ranks that share a sequence, if not to be chosen.
         expert: Ranks that share a layer's experts, if not to be chosen.
+        mtbf: Hours between failures of the whole run; by default as --device-mtbf says.
+        device_mtbf: Hours between failures of one device; by default 8,100, the worse of what is published.
+        failure_shape: Of the Weibull distribution of times between failures: 1 is exponential, below 1 is bursts.
+        detection_time: Seconds until a failure is noticed; an assumption, give yours.
+        restart_time: Seconds from then to the first new step; an assumption, give yours.
+        planned_every: Hours between planned interruptions, before which the run saves; by default none.
+        planned_time: Seconds that one takes beside saving and restarting.
+        checkpoint_interval: Seconds between saves to weigh; by default Young's and Daly's.
+        checkpoint_time: Seconds that training stands still for a save, where measured; by default estimated.
+        checkpoint_write_time: Seconds from then until it is written, likewise.
+        run_days: Days of each simulated run.
         config: A run file of fit: estimate exactly its layout instead of searching.
         dry_run: Build the fullest rank's part of the real model without memory, and compare its parameters.
         json: Print everything as JSON.
         plot: A file to draw into, .svg or .png.
     """
+    import math
+    from dataclasses import replace
+
     from lightning_llm import planner
     from lightning_llm.errors import ConfigurationError
     from lightning_llm.models.module import resolve_config
+    from lightning_llm.planner.reliability import Interruptions
+    from lightning_llm.planner.saving import DEVICE_MTBF_HOURS
 
+    interruptions = Interruptions(
+        mtbf_hours=mtbf,
+        device_mtbf_hours=DEVICE_MTBF_HOURS if device_mtbf is None else device_mtbf,
+        detection=detection_time,
+        restart=restart_time,
+        planned_every=math.inf if planned_every is None else planned_every,
+        planned_time=planned_time,
+        shape=failure_shape,
+    )
     if config is not None:
         from lightning_llm.strategies.run_file import plan_of_run
 
@@ -247,6 +283,14 @@ def plan(
             engine=engine,
             options=options,
         )
+    made = replace(
+        made,
+        interruptions=interruptions,
+        checkpoint_interval=checkpoint_interval,
+        checkpoint_time=checkpoint_time,
+        checkpoint_write_time=checkpoint_write_time,
+        run_days=run_days,
+    )
     if json:
         print(made.to_json())
     else:

@@ -58,3 +58,9 @@ class NoGoodCheckpointError(EndOfRunError):
     """There are checkpoints, and none of them can be believed; exit code 77: a restart will not help."""
 
     EXIT_CODE = 77
+
+
+class StragglerError(EndOfRunError):
+    """This rank slows all others down and shall be left out; exit code 75: queue it again, without this machine."""
+
+    EXIT_CODE = 75

@@ -1,4 +1,4 @@
-"""What is watched: checkpoints, throughput, progress, float8 and where a run's figures go.
+"""What is watched: checkpoints, throughput, slow ranks, progress, float8 and where a run's figures go.
 
 Used through `Trainer(callbacks=..., logger=...)` or by class path in YAML.
 Nothing here imports wandb or torchao before it is used.
@@ -10,6 +10,7 @@ from lightning_llm.callbacks.heartbeat import Heartbeat
 from lightning_llm.callbacks.preemption import Preemption
 from lightning_llm.callbacks.progress import StepProgressBar
 from lightning_llm.callbacks.spike_guard import SpikeGuard
+from lightning_llm.callbacks.stragglers import Stragglers
 from lightning_llm.callbacks.summary import RunSummary
 from lightning_llm.callbacks.throughput import Throughput
 from lightning_llm.callbacks.tracking import WandbLogger
@@ -22,6 +23,7 @@ __all__ = [
     "RunSummary",
     "SpikeGuard",
     "StepProgressBar",
+    "Stragglers",
     "Throughput",
     "WandbLogger",
 ]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from lightning_llm.errors import ConfigurationError
@@ -18,6 +20,7 @@ from lightning_llm.planner.hosts import GB, GIB
 from lightning_llm.planner.layout import Layout, Workload
 from lightning_llm.planner.memory import Memory
 from lightning_llm.planner.reasons import departures, reasons
+from lightning_llm.planner.reliability import Effectiveness, Interruptions, weigh
 from lightning_llm.planner.saving import Saving, estimate_saving
 from lightning_llm.planner.shape import Shape
 from lightning_llm.planner.strategy import strategy_arguments, strategy_of
@@ -61,6 +64,11 @@ class Plan:
         runner_ups: Next best layouts of other sizes.
         considered, fitting: Layouts that were looked at on this engine, and that fit.
         others: What the other engine would do, where FSDP2 on the devices alone is not the answer.
+        interruptions: What stops the run, and how long it takes to train again.
+        checkpoint_interval: Seconds of training between saves whose ETTR is told; None is Young's and Daly's.
+        checkpoint_time, checkpoint_write_time: Seconds that training stands still for a save, and from then until it is
+            written, where they were measured.
+        run_days: Of each simulated run.
     """
 
     model: str
@@ -82,6 +90,11 @@ class Plan:
     considered: int = 1
     fitting: int = 1
     others: tuple[OtherEngine, ...] = ()
+    interruptions: Interruptions = field(default_factory=Interruptions)
+    checkpoint_interval: float | None = None
+    checkpoint_time: float | None = None
+    checkpoint_write_time: float | None = None
+    run_days: float = 30.0
 
     @property
     def fits(self) -> bool:
@@ -93,7 +106,18 @@ class Plan:
     @property
     def saving(self) -> Saving:
         """What checkpoints cost, and how often to make one."""
-        return estimate_saving(self.estimate.saved_bytes, self.devices)
+        device_hours = self.interruptions.mtbf(self.devices) / 3600 * self.devices
+        return estimate_saving(
+            self.estimate.saved_bytes, self.devices, device_hours, self.checkpoint_time, self.checkpoint_write_time
+        )
+
+    @cached_property
+    def effectiveness(self) -> Effectiveness:
+        """What share of the wall time trains."""
+        saving = self.saving
+        interval = saving.interval if self.checkpoint_interval is None else self.checkpoint_interval
+        run = self.interruptions.run(self.devices, interval, saving.blocked, saving.written)
+        return weigh(run, self.run_days)
 
     @property
     def steps_between_saves(self) -> int:
@@ -132,6 +156,12 @@ class Plan:
         values["memory_total"] = self.estimate.memory.total
         values["fits"] = self.fits
         values["saving"] = {**dataclasses.asdict(self.saving), "every_n_train_steps": self.steps_between_saves}
+        values["effectiveness"] = {
+            **dataclasses.asdict(self.effectiveness),
+            "run": _finite(dataclasses.asdict(self.effectiveness.run)),
+            "shares": self.effectiveness.shares._asdict(),
+        }
+        values["interruptions"] = _finite(values["interruptions"])
         values["bubble_by_rank"] = [self.timeline.bubble(rank) for rank in range(len(self.timeline.spans))]
         values["in_flight_by_rank"] = [self.timeline.most_in_flight(rank) for rank in range(len(self.timeline.spans))]
         return json.dumps(values, indent=indent)
@@ -159,7 +189,15 @@ class Plan:
             OtherEngine(**{**_known(OtherEngine, other), "layout": other["layout"] and _layout(other["layout"])})
             for other in values["others"]
         )
+        given = values["interruptions"]
+        every = math.inf if given["planned_every"] is None else given["planned_every"]
+        made["interruptions"] = Interruptions(**{**given, "planned_every": every})
         return cls(**made)
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity: null says never."""
+    return {name: None if value == math.inf else value for name, value in values.items()}
 
 
 def _known(cls: type[OtherEngine], values: dict[str, Any]) -> dict[str, Any]:

@@ -55,6 +55,7 @@ def render(plan: Plan, console: Console | None = None) -> None:
         console.print(_traffic_table(plan))
     console.print(_time_table(plan))
     console.print(_saving_table(plan))
+    console.print(_effectiveness_table(plan))
     if plan.runner_ups:
         console.print(_runner_up_table(plan))
     console.print(f"[bold]mesh[/bold]\n{draw_mesh(layout, plan.devices_per_node)}")
@@ -136,7 +137,32 @@ def _saving_table(plan: Plan) -> Table:
             ("written", f"{saving.written:.0f} s later"),
             ("a failure", f"every {saving.mtbf / 3600:.1f} h"),
             ("best interval (Young, Daly)", f"{saving.interval:.0f} s, every_n_train_steps={plan.steps_between_saves}"),
-            ("lost to saves and failures", f"{saving.lost:.1%}"),
+        ),
+    )
+
+
+def _effectiveness_table(plan: Plan) -> Table:
+    weighed = plan.effectiveness
+    run, parts = weighed.run, weighed.shares
+    planned = f"every {run.planned_every / 3600:.0f} h" if math.isfinite(run.planned_every) else "none"
+    compared = "formula" if run.shape == 1 else f"simulated: bursts, shape {run.shape:g}"
+    return _figures(
+        f"effective training time (ETTR) with a save every {run.interval:.0f} s",
+        (
+            ("a failure is noticed after, assumed or given", f"{run.detection:.0f} s"),
+            ("and the run trains again after, assumed or given", f"{run.restart:.0f} s"),
+            ("trains", f"{parts.trains:.2%}"),
+            ("saves", f"{parts.saves:.2%}"),
+            ("is done again after failures", f"{parts.lost:.2%}"),
+            ("waits until failures are noticed", f"{parts.detects:.2%}"),
+            ("restarts", f"{parts.restarts:.2%}"),
+            (f"planned interruptions ({planned})", f"{parts.planned:.2%}"),
+            (
+                f"simulated runs of {weighed.days:g} days: 5%, half, 95% are below",
+                f"{weighed.p5:.2%}, {weighed.p50:.2%}, {weighed.p95:.2%}",
+            ),
+            ("every, by Young and Daly", f"{weighed.young_daly:.0f} s: {weighed.young_daly_trains:.2%}"),
+            (f"every, best found ({compared})", f"{weighed.best:.0f} s: {weighed.best_trains:.2%}"),
         ),
     )
 

@@ -82,15 +82,24 @@ class Saving:
     lost: float
 
 
-def estimate_saving(bytes_per_device: float, devices: int, device_hours: float = DEVICE_MTBF_HOURS) -> Saving:
+def estimate_saving(
+    bytes_per_device: float,
+    devices: int,
+    device_hours: float = DEVICE_MTBF_HOURS,
+    blocked: float | None = None,
+    written: float | None = None,
+) -> Saving:
     """The cost of checkpoints in the background.
 
     Args:
         bytes_per_device: Parameters and optimizer states of the fullest rank.
         devices: Of the run.
         device_hours: Hours between failures of one.
+        blocked: Seconds, where they were measured.
+        written: Likewise.
     """
-    blocked, written = bytes_per_device / HOST_LINK, bytes_per_device / STORAGE
+    blocked = bytes_per_device / HOST_LINK if blocked is None else blocked
+    written = bytes_per_device / STORAGE if written is None else written
     between = mtbf(devices, device_hours)
     interval = best_interval(blocked, between, written)
     return Saving(bytes_per_device, blocked, written, between, interval, lost_share(interval, blocked, between))
