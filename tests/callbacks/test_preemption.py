@@ -288,6 +288,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path, pages: Path, start: Any
     assert not run.steps(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_75(tmp_path: Path, pages: Path, start: Any) -> None:
     run = start(
         [

@@ -11,10 +11,12 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Subset
 
 from lightning_llm import LLMModule
 from lightning_llm.callbacks import AsyncDistributedCheckpoint, SpikeGuard
+from lightning_llm.checkpoint.pieces import Pieces
 from lightning_llm.errors import ConfigurationError, DivergedError
 from lightning_llm.strategies.state import ShardedState
 from tests.distributed import run_distributed
@@ -89,8 +91,13 @@ def state_of(trainer: Trainer) -> dict[str, Tensor]:
         state |= optimizer
     else:
         state |= {f"{n}.{key}": value for n, own in optimizer["state"].items() for key, value in own.items()}
-    local = {name: getattr(value, "to_local", lambda value=value: value)() for name, value in state.items()}
-    return {name: value.clone() for name, value in local.items() if isinstance(value, Tensor)}
+    parts: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if isinstance(value, Pieces):
+            parts |= {f"{name}.{number}": piece.tensor for number, piece in enumerate(value.pieces)}
+        elif isinstance(value, Tensor):
+            parts[name] = value.to_local() if isinstance(value, DTensor) else value
+    return {name: value.clone() for name, value in parts.items()}
 
 
 def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -128,6 +135,7 @@ def skips(world_size: int, strategy: str, fault: float, arguments: dict[str, Any
             2, "llm3d", math.nan, {"module": {"optimizer_state_dtype": "bfloat16"}}, id="AdamW in bfloat16", marks=slow
         ),
         pytest.param(2, "llm3d", math.nan, {"precision": "bf16-mixed"}, id="bfloat16", marks=slow),
+        pytest.param(2, "llm3d", math.nan, {"precision": "16-mixed"}, id="float16", marks=slow),
         pytest.param(2, "llm3d_deepspeed_zero1", math.nan, {}, id="DeepSpeed ZeRO-1", marks=slow),
         pytest.param(2, "llm3d_deepspeed_zero2", 1e3, {}, id="DeepSpeed ZeRO-2", marks=slow),
         pytest.param(2, "llm3d_deepspeed_zero3", math.nan, {}, id="DeepSpeed ZeRO-3", marks=slow),

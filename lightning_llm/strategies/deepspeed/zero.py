@@ -143,22 +143,21 @@ class Gradients:
 @contextmanager
 def _overflowing(optimizer: Any) -> Iterator[None]:
     """Has a ZeRO optimizer treat its gradients as it does such as overflow, but for its loss scale."""
+    told: dict[str, Any] = {"has_overflow": lambda *_, **__: True, "_update_scale": lambda *_: None}
     if hasattr(optimizer, "clear_hp_grads"):  # the one with buffers of its own, which looks for no overflow
-        optimizer.step = lambda *_: optimizer.clear_hp_grads()
-        try:
-            yield
-        finally:
-            del optimizer.step
-        return
-    checks = optimizer.check_grad_overflow
-    optimizer.check_grad_overflow = True
-    optimizer.has_overflow = lambda *_, **__: True
-    optimizer._update_scale = lambda *_: None
+        told = {"step": lambda *_: optimizer.clear_hp_grads()}
+    elif hasattr(optimizer, "check_grad_overflow"):  # stages 1 and 2, which may be told not to look
+        told["check_grad_overflow"] = True
+    else:  # stage 3, which looks at the norm
+        told["_get_norm_groups"] = lambda: [torch.tensor(float("inf"))]
+    before = {name: value for name, value in vars(optimizer).items() if name in told}
+    vars(optimizer).update(told)
     try:
         yield
     finally:
-        optimizer.check_grad_overflow = checks
-        del optimizer.has_overflow, optimizer._update_scale
+        for name in told:
+            del vars(optimizer)[name]
+        vars(optimizer).update(before)
 
 
 @contextmanager
