@@ -194,18 +194,7 @@ def spread_experts(model: nn.Module, size: int) -> dict[str, Shard]:
     Returns:
         The parameters that are shards now.
     """
-    from deepspeed.moe.layer import MoE
     from deepspeed.utils import groups
-
-    class HasExperts(MoE):
-        """Without content. DeepSpeed's engine looks for this type alone to find out whether there are experts."""
-
-        def __init__(self, num_experts: int) -> None:
-            nn.Module.__init__(self)
-            self.num_experts = num_experts
-
-        def set_deepspeed_parallelism(self, *_: Any) -> None:
-            """Nothing to do: the groups are there."""
 
     groups._create_expert_and_data_parallel(size)
     name_of_group = f"ep_size_{size}"
@@ -223,8 +212,31 @@ def spread_experts(model: nn.Module, size: int) -> dict[str, Shard]:
                 module.register_parameter(name, share)
                 shards[f"{path}.{name}"] = Shard(0, rank, size)
             exchange.attach(module)
-    model.add_module("has_experts", HasExperts(experts_of(model)[0].gate_proj.shape[0] * size))
     return shards
+
+
+def tell_of_experts(model: nn.Module, size: int) -> None:
+    """Has DeepSpeed's engine, which is to be made, find experts in the model, if there are any that are trained.
+
+    Args:
+        model: Its experts are spread.
+        size: Over how many ranks.
+    """
+    from deepspeed.moe.layer import MoE
+
+    class HasExperts(MoE):
+        """Without content. DeepSpeed's engine looks for this type alone to find out whether there are experts."""
+
+        def __init__(self, num_experts: int) -> None:
+            nn.Module.__init__(self)
+            self.num_experts = num_experts
+
+        def set_deepspeed_parallelism(self, *_: Any) -> None:
+            """Nothing to do: the groups are there."""
+
+    experts = experts_of(model)
+    trained = any(parameter.requires_grad for module in experts for parameter in module.parameters())
+    model.register_module("has_experts", HasExperts(experts[0].gate_proj.shape[0] * size) if trained else None)
 
 
 def materialize(

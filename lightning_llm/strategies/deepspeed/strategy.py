@@ -25,7 +25,7 @@ from lightning_llm.checkpoint.reading import Checkpoint
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.strategies.checks import check_others, mark_as_cut, target_of
 from lightning_llm.strategies.context import ContextMethod
-from lightning_llm.strategies.deepspeed.cutting import Cut, cut, materialize, reduce_replicated
+from lightning_llm.strategies.deepspeed.cutting import Cut, cut, materialize, reduce_replicated, tell_of_experts
 from lightning_llm.strategies.deepspeed.grid import Grid
 from lightning_llm.strategies.deepspeed.monitoring import printed_for_debugging, quieten, watch
 from lightning_llm.strategies.deepspeed.ops import import_deepspeed, prepare_ops
@@ -358,6 +358,9 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
                 model = pipeline_module(self._decoder, self.meshes, self._tied_across_stages())
             for name, parameter in self._decoder.named_parameters():
                 parameter.ds_pipe_replicated = name in self._copies  # type: ignore[attr-defined]  # left out of norms
+        experts = self.meshes.dims.expert_parallel_size
+        if experts > 1:
+            tell_of_experts(self._decoder, experts)
         trains = module.trainer.state.fn == TrainerFn.FITTING
         with printed_for_debugging():
             self.engine, *_ = deepspeed.initialize(
