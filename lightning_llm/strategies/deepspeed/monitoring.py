@@ -17,8 +17,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 PREFIX = "deepspeed/"
 
-# Said of every optimizer that is not DeepSpeed's or torch's Adam; optimizers.py knows which do not go with ZeRO.
-_SAID_BETTER = "You are using ZeRO with an untested optimizer"
+NO_NEWS = (
+    # Said of every optimizer that is not DeepSpeed's or torch's Adam; optimizers.py knows which do not go with ZeRO.
+    "You are using ZeRO with an untested optimizer",
+    "Attempting to get learning rate from scheduler before it has started",  # as DeepSpeed's own do when they are made
+)
 
 
 def watch(engine: Any, trainer: pl.Trainer) -> None:
@@ -29,6 +32,7 @@ def watch(engine: Any, trainer: pl.Trainer) -> None:
         trainer: Whose loggers get `deepspeed/Train/Samples/lr` and the like, every `log_every_n_steps` steps.
     """
     engine.monitor = LoggersMonitor(engine.monitor, trainer)
+    _watch_outermost_forward(engine)
     profiler = getattr(engine, "flops_profiler", None)
     if profiler is not None:
         shown = profiler.print_model_profile
@@ -46,6 +50,25 @@ def watch(engine: Any, trainer: pl.Trainer) -> None:
             )
 
         profiler.print_model_profile = print_and_log
+
+
+def _watch_outermost_forward(engine: Any) -> None:
+    """Has an engine's timers and profiler see a forward once, though `training_step` calls its own module within it."""
+    begin, end = engine._forward_prologue, engine._forward_epilogue
+    depth = 0
+
+    def begin_outermost(inputs: Any, kwargs: Any) -> Any:
+        nonlocal depth
+        depth += 1
+        return begin(inputs, kwargs) if depth == 1 else None
+
+    def end_outermost() -> None:
+        nonlocal depth
+        depth -= 1
+        if depth == 0:
+            end()
+
+    engine._forward_prologue, engine._forward_epilogue = begin_outermost, end_outermost
 
 
 class LoggersMonitor:
@@ -115,4 +138,4 @@ def quieten() -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    return _SAID_BETTER not in record.getMessage()
+    return not any(said in record.getMessage() for said in NO_NEWS)
