@@ -13,6 +13,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.ports import free_port
 from tests.serving.engine.models import make_decoder
 from tests.serving.test_llm import folder_of
 
@@ -114,9 +115,3 @@ def test_a_worker_that_the_kernel_kills_is_told_in_a_sentence(model):
     rest = server.communicate(timeout=60)[1]
     assert server.returncode == 1 and "Traceback" not in rest
     assert rest.splitlines()[-1].startswith("lightning-llm: A worker was killed (signal 9) before it was ready")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

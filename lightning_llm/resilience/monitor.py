@@ -1,0 +1,186 @@
+"""The process beside the ranks of a node: it hears their beats, and says and does what there is to say and do.
+
+Started by the `Heartbeat` callback. It imports no torch, holds nothing of the training, and ends when all ranks have
+said goodbye or are gone.
+
+    python -m lightning_llm.resilience.monitor '{"folder": "...", "ranks": 4, ...}'
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from lightning_llm._processes import die_with
+from lightning_llm.resilience import stacks
+from lightning_llm.resilience.beats import LARGEST, SOCKET, Beat, socket_of
+from lightning_llm.resilience.limits import Limits
+from lightning_llm.resilience.status import Status, serve
+from lightning_llm.resilience.watch import ALIVE_TIMEOUT, Verdict, Watch
+
+VERDICTS = "verdicts.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a monitor is told.
+
+    Attributes:
+        folder: Of its socket, for this run and node.
+        reports: Where verdicts and stacks are kept.
+        ranks: Of this node.
+        parent: Process that starts it; the monitor ends with it.
+        progress_timeout: See `Limits`.
+        alive_timeout: See `Watch`.
+        on_hang: "report", or "kill": ends the ranks that are to blame, all of them where none is.
+        port: Of `/healthz` and `/metrics`; None for none.
+        check_every: Seconds between looks.
+    """
+
+    folder: str
+    reports: str
+    ranks: int
+    parent: int
+    progress_timeout: float | Literal["auto"] = "auto"
+    alive_timeout: float = ALIVE_TIMEOUT
+    on_hang: Literal["report", "kill"] = "report"
+    port: int | None = None
+    check_every: float = 0.5
+
+
+class Monitor:
+    """Listens, judges, acts.
+
+    Args:
+        settings: See there.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.folder, self.reports = Path(settings.folder), Path(settings.reports)
+        self.watch = Watch(Limits(settings.progress_timeout), settings.alive_timeout)
+        self.status = Status(self.watch)
+        self._told: list[Verdict] = []
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(self.folder / SOCKET))
+        self._socket.setblocking(False)
+
+    def run(self) -> None:
+        """Until the last rank has ended."""
+        waiting = selectors.DefaultSelector()
+        waiting.register(self._socket, selectors.EVENT_READ)
+        while not self._over():
+            waiting.select(self.settings.check_every)
+            self._hear()
+            self._look()
+
+    def _hear(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                beat = Beat.from_bytes(self._socket.recv(LARGEST))
+                if beat is not None:
+                    self.watch.take(beat, time.monotonic())
+
+    def _look(self) -> None:
+        processes = {number: state for number, rank in self.watch.ranks.items() if (state := process_state(rank.pid))}
+        verdicts = self.watch.judge(time.monotonic(), processes)
+        self.status.verdicts = verdicts
+        fresh = [verdict for verdict in verdicts if not any(_known(verdict, told) for told in self._told)]
+        if self._told and not verdicts:
+            _say("all ranks get on again")
+        self._told = verdicts
+        for verdict in fresh:
+            self._act(verdict)
+
+    def _act(self, verdict: Verdict) -> None:
+        self.status.count(verdict)
+        blamed = verdict.ranks
+        lines = [str(verdict)]
+        if verdict.cause not in ("died", "stopped"):
+            found = self._stacks(verdict)
+            odd = stacks.odd_ones(found)
+            if verdict.cause == "hung together" and odd:
+                blamed = tuple(odd)
+                lines.append(f"Not where the others stand: rank {', '.join(map(str, odd))}")
+            for rank, text in found.items():
+                kept = stacks.file_of(self.reports, rank)
+                kept.write_text(text)
+                where = stacks.place(text)
+                lines.append(f"rank {rank} stands at {where[0] if where else '?'} ({kept})")
+        entry = {**asdict(verdict), "blamed": blamed, "time": time.time()}
+        with (self.reports / VERDICTS).open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        _say("\n  ".join(lines))
+        if self.settings.on_hang == "kill" and verdict.cause != "died":
+            for rank in blamed:
+                _say(f"ending rank {rank}")
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.watch.ranks[rank].pid, signal.SIGKILL)
+
+    def _stacks(self, verdict: Verdict) -> dict[int, str]:
+        pids = {number: rank.pid for number, rank in self.watch.ranks.items() if not rank.ended}
+        held = {rank: pids.pop(rank) for rank in verdict.ranks if verdict.cause == "interpreter held"}
+        for rank in pids:
+            stacks.file_of(self.folder, rank).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._socket.sendto(b"stacks", str(socket_of(self.folder, rank)))
+        return stacks.await_answers(self.folder, pids) | stacks.of_held(held, self.folder)
+
+    def _over(self) -> bool:
+        known = self.watch.ranks
+        if len(known) < self.settings.ranks:
+            return process_state(self.settings.parent) is None
+        return all(rank.ended or process_state(rank.pid) is None for rank in known.values())
+
+
+def process_state(pid: int) -> str | None:
+    """A process's state letter, "Z" and no process being None. Where there is no /proc: "S", if it is there."""
+    try:
+        letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        if sys.platform.startswith("linux"):
+            return None
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
+        return "S"
+    return None if letter in "ZX" else letter
+
+
+def _known(verdict: Verdict, told: Verdict) -> bool:
+    """Whether it is what was told, or its end: ranks that hung together get on one after the other."""
+    alike = verdict.cause == told.cause or {verdict.cause, told.cause} <= {"behind", "hung together"}
+    return alike and set(verdict.ranks) <= set(told.ranks)
+
+
+def _say(text: str) -> None:
+    print(f"heartbeat: {text}", file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    """Runs the monitor that argv[1] describes."""
+    settings = Settings(**json.loads(sys.argv[1]))
+    die_with(settings.parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training; this ends with it
+    monitor = Monitor(settings)
+    server = serve(monitor.status, settings.port) if settings.port is not None else None
+    try:
+        monitor.run()
+    finally:
+        if server is not None:
+            server.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
