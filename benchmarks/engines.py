@@ -23,9 +23,11 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from train_overhead import TokenRows
 
 from lightning_llm import DecoderConfig, LLM3DDeepSpeedStrategy, LLM3DStrategy, LLMModule
+from lightning_llm.models.weights import load_weights
 from lightning_llm.planner.schedules import schedule_kind
 from lightning_llm.strategies.deepspeed.ops import import_deepspeed, prepare_ops
 
@@ -248,10 +251,8 @@ def run_side(side: str, turns: Turns, job: Job) -> dict[str, Any]:
     if side in ("deepspeed", "lightning"):  # the other ones do it themselves
         prepare_ops(["cpu_adam"] if job.layout.offloads else [])
         import_deepspeed("cpu").init_distributed(dist_init_required=False)
-    if side == "deepspeed":
-        run_bare(meter, job)
-    else:
-        run_trainer(meter, job)
+    with redirect_stdout(StringIO()):  # DeepSpeed's pipeline tells of its stages
+        (run_bare if side == "deepspeed" else run_trainer)(meter, job)
     return {
         "seconds": meter.seconds,
         "losses": meter.losses,
@@ -356,15 +357,13 @@ class LightningOnCPU(DeepSpeedStrategy):
 
 
 class ForLightning(LLMModule):
-    """With what Lightning's strategy leaves to the user: the weights, and DeepSpeed's optimizer for the host."""
+    """With what Lightning's strategy leaves to the user: weights in time, and DeepSpeed's optimizer for the host."""
 
-    def configure_model(self) -> None:
-        """Under ZeRO-3 without `deepspeed.zero.Init`, which would leave nothing to load weights into."""
-        if self.model is None:
-            from lightning_llm.models.weights import load_weights
-
-            self.model = self.build_model()
-            load_weights(self.model, self.weight_source())
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # In configure_model ZeRO-3 would already have taken away what weights are loaded into.
+        self.model = self.build_model()
+        load_weights(self.model, self.weight_source())
 
     def configure_optimizers(self) -> Any:
         made = super().configure_optimizers()

@@ -329,7 +329,9 @@ def main() -> int:
                 print(HEADER)
             print(table_row(rows[-1]), flush=True)
             if arguments.profile:
-                print_profile({side: [rank["profile"][side] for rank in ranks] for side in ("bare", "trainer")}, job.steps)
+                print_profile(
+                    {side: [rank["profile"][side] for rank in ranks] for side in ("bare", "trainer")}, job.steps
+                )
     if not arguments.profile:
         write(arguments, load, rows)
     too_slow = [row["layout"]["name"] for row in rows if row["ratio"]["median"] > ACCEPTED_RATIO]
