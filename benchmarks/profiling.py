@@ -1,4 +1,4 @@
-"""`train_overhead.py --profile`: where the CPU time of a Trainer's step goes, and which collectives each side calls."""
+"""`train_overhead.py --profile`, `engines.py --profile`: where the CPU time of a Trainer's step goes, and which collectives each side calls."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import cProfile
 import pstats
 import time
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +20,27 @@ Function = tuple[str, int, str]  # file, line, name
 Figures = tuple[float, float, float]  # calls, own seconds, cumulative seconds
 
 ROOTS = {module.__name__: Path(module.__file__ or "").parent for module in (lightning_llm, lightning, torch)}
+ROOTS["deepspeed"] = ROOTS["torch"].parent / "deepspeed"
 WRAPPER = 0.15  # a function with a larger part of the step wraps the model's work, and tells nothing
 SHOWN = 30
 SHOWN_SHARED = 8
 
 
 class Profiles:
-    """Profiles of both sides of one rank.
+    """Profiles of the sides that one rank runs.
 
     Functions are timed in CPU time of the process: with more ranks than cores, wall time would mostly show who waits
     for whom. Collectives are counted in the step after the timed ones, by torch's profiler.
 
     Args:
+        sides: Their names.
         first: First step that is profiled.
         last: The step in which collectives are counted.
     """
 
-    def __init__(self, first: int, last: int) -> None:
+    def __init__(self, sides: Iterable[str], first: int, last: int) -> None:
         self.first, self.last = first, last
-        self._functions = {side: cProfile.Profile(timer=time.process_time) for side in ("bare", "trainer")}
+        self._functions = {side: cProfile.Profile(timer=time.process_time) for side in sides}
         self._collectives: dict[str, Counter[str]] = {}
         self._stop: dict[str, Any] = {}
 
@@ -66,17 +69,24 @@ class Profiles:
             stop()
 
     def results(self) -> dict[str, Any]:
-        """Plain data: per side `{(file, line, name): (calls, own seconds, cumulative seconds)}`, and collectives."""
-        functions = {
-            side: {key: values[1:4] for key, values in pstats.Stats(found).stats.items()}  # type: ignore[attr-defined]
+        """Per side plain data: `{(file, line, name): (calls, own seconds, cumulative seconds)}`, and collectives."""
+        return {
+            side: {
+                "functions": {key: values[1:4] for key, values in pstats.Stats(found).stats.items()},  # type: ignore[attr-defined]
+                "collectives": self._collectives.get(side, Counter()),
+            }
             for side, found in self._functions.items()
         }
-        return {"functions": functions, "collectives": self._collectives}
 
 
-def print_profile(ranks: list[dict[str, Any]], steps: int) -> None:
-    """What `Profiles.results` of all ranks says about one step, as the mean over ranks."""
-    bare, trainer = (_per_step([rank["functions"][side] for rank in ranks], steps) for side in ("bare", "trainer"))
+def print_profile(sides: Mapping[str, Sequence[dict[str, Any]]], steps: int) -> None:
+    """What profiles say about one step, as the mean over ranks.
+
+    Args:
+        sides: The bare one and the Trainer's: of each rank, what `Profiles.results` has of the side.
+        steps: That were profiled.
+    """
+    bare, trainer = (_per_step([rank["functions"] for rank in ranks], steps) for ranks in sides.values())
     whole = sum(own for _, own, _ in trainer.values())
     steps_only = {function: values for function, values in trainer.items() if values[2] < WRAPPER * whole}
 
@@ -97,9 +107,9 @@ def print_profile(ranks: list[dict[str, Any]], steps: int) -> None:
         print(f"  {bare[function][2] * 1000:>8.2f} {cumulative * 1000:>8.2f} {calls:>7.1f}  {name}")
 
     print("\n  Collectives of one step, rank 0:")
-    sides = [ranks[0]["collectives"].get(side, Counter()) for side in ("bare", "trainer")]
-    for name in sorted(sides[0] | sides[1]):
-        print(f"  {name:<40} bare {sides[0][name]:>4}   trainer {sides[1][name]:>4}")
+    of_bare, of_trainer = (ranks[0]["collectives"] for ranks in sides.values())
+    for name in sorted(of_bare | of_trainer):
+        print(f"  {name:<40} bare {of_bare[name]:>4}   trainer {of_trainer[name]:>4}")
     print(flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Runs a function on N forked gloo processes. The benchmarks use it, so that torch is imported once for all ranks."""
+"""Runs functions on N forked gloo processes each. The benchmarks use it, so that torch is imported once for all ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -29,15 +29,33 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any, time
     Raises:
         RuntimeError: A rank failed or ran out of time; carries the traceback of the first one.
     """
-    with tempfile.TemporaryDirectory(prefix="ranks-") as name:
-        folder = Path(name)
-        pids = {rank: _fork(rank, world_size, folder, function, args, timeout) for rank in range(world_size)}
-        failed = _wait(dict(pids), timeout)
+    return run_groups({"ranks": function}, world_size, *args, timeout=timeout)["ranks"]
+
+
+def run_groups(
+    functions: Mapping[str, Callable[..., Any]], world_size: int, *args: Any, timeout: float = 600.0
+) -> dict[str, list[Any]]:
+    """The same with several functions at a time, each on ranks of its own that know nothing of the others.
+
+    Returns:
+        By the names of the functions.
+    """
+    with tempfile.TemporaryDirectory(prefix="ranks-") as root:
+        pids: dict[tuple[str, int], int] = {}
+        for name, function in functions.items():
+            folder = Path(root) / name
+            folder.mkdir()
+            for rank in range(world_size):
+                pids[name, rank] = _fork(rank, world_size, folder, function, args, timeout)
+        failed = _wait(pids, timeout)
         if failed:
             # Peers of a failed rank fail too, with closed connections: the earliest traceback is the cause.
-            errors = sorted(folder.glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
+            errors = sorted(Path(root).glob("*/error-*"), key=lambda path: path.stat().st_mtime_ns)
             raise RuntimeError(f"{failed}; " + (errors[0].read_text() if errors else "no traceback was left"))
-        return [pickle.loads((folder / f"result-{rank}").read_bytes()) for rank in pids]
+        return {
+            name: [pickle.loads((Path(root) / name / f"result-{rank}").read_bytes()) for rank in range(world_size)]
+            for name in functions
+        }
 
 
 def _fork(rank: int, size: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...], limit: float) -> int:
@@ -63,21 +81,22 @@ def _fork(rank: int, size: int, folder: Path, function: Callable[..., Any], args
         os._exit(code)  # what the parent registered to run at its own exit is not this process's to run
 
 
-def _wait(running: dict[int, int], timeout: float) -> str:
+def _wait(running: dict[tuple[str, int], int], timeout: float) -> str:
     """Waits for all ranks; "" or what went wrong. Leaves no process behind, not even when it is interrupted itself."""
     deadline = time.monotonic() + timeout
     failed = ""
     try:
         while running and time.monotonic() < deadline:
-            for rank, pid in list(running.items()):
+            for (name, rank), pid in list(running.items()):
                 done, status = os.waitpid(pid, os.WNOHANG)
                 if done:
-                    del running[rank]
+                    del running[name, rank]
                     if status:
-                        failed = failed or f"rank {rank} ended with code {os.waitstatus_to_exitcode(status)}"
+                        failed = failed or f"{name}: rank {rank} ended with code {os.waitstatus_to_exitcode(status)}"
                         deadline = min(deadline, time.monotonic() + 10)
             time.sleep(0.05)
-        return failed or (f"ranks {sorted(running)} ran longer than {timeout:.0f} s" if running else "")
+        late = ", ".join(f"{name} {rank}" for name, rank in sorted(running))
+        return failed or (f"ran longer than {timeout:.0f} s: {late}" if running else "")
     finally:
         for pid in running.values():
             os.kill(pid, signal.SIGKILL)

@@ -174,7 +174,7 @@ def measure(job: Job) -> dict[str, Any]:
         sampler: DistributedSampler = DistributedSampler(rows, num_replicas=layout.data, rank=data_rank, shuffle=False)
         return DataLoader(rows, batch_size=layout.batch_size // layout.data, sampler=sampler)
 
-    profiles = Profiles(first=job.warmup, last=job.warmup + job.steps) if job.profile else None
+    profiles = Profiles(("bare", "trainer"), first=job.warmup, last=job.warmup + job.steps) if job.profile else None
     turns = TakingTurns(BareLoop(job.config, sizes, recipe, loader()), profiles)
     trainer = Trainer(
         accelerator="cpu",
@@ -329,7 +329,9 @@ def main() -> int:
                 print(HEADER)
             print(table_row(rows[-1]), flush=True)
             if arguments.profile:
-                print_profile([rank["profile"] for rank in ranks], job.steps)
+                print_profile(
+                    {side: [rank["profile"][side] for rank in ranks] for side in ("bare", "trainer")}, job.steps
+                )
     if not arguments.profile:
         write(arguments, load, rows)
     too_slow = [row["layout"]["name"] for row in rows if row["ratio"]["median"] > ACCEPTED_RATIO]

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_llm.checkpoint.reading import Checkpoint
 from lightning_llm.errors import ConfigurationError
@@ -50,7 +51,7 @@ from lightning_llm.strategies.deepspeed.settings import (
     engine_config,
 )
 from lightning_llm.strategies.deepspeed.state import EngineState
-from lightning_llm.strategies.deepspeed.zero import Gradients
+from lightning_llm.strategies.deepspeed.zero import Gradients, follow_whole_calls
 from lightning_llm.strategies.layout import Layout, Recompute
 from lightning_llm.strategies.mesh import ParallelDims, Size
 from lightning_llm.strategies.parallelize import place_the_rest
@@ -147,6 +148,7 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
         )
         self.engine: Any = None
         self.gradients: Gradients | None = None
+        self._engine_hooks: list[RemovableHandle] = []
         self._has_cpu_adam = False
         self._optimizer: Optimizer | None = None
         self._groups: dict[str, Group] = {}
@@ -341,6 +343,8 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
         assert self.lightning_module is not None
         if self.engine is not None:
             self.engine.destroy()
+            for hook in self._engine_hooks:
+                hook.remove()
         module = self.lightning_module
         model: Any = module
         if section := self.settings.config.get("activation_checkpointing"):
@@ -378,6 +382,7 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
                 module, EnginePipeline(self.engine, self.meshes, self.root_device, self.layout.microbatches)
             )
         else:
+            self._engine_hooks = follow_whole_calls(self.engine)
             self.model = self.engine
 
     @property

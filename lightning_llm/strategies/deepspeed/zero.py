@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_llm.strategies.optimization import local_gradients
 
@@ -138,6 +139,45 @@ class Gradients:
             dist.all_reduce(shared, group=mpu.get_model_parallel_group())
         dist.all_reduce(experts, group=engine.seq_data_parallel_group)
         return (shared + experts / replicas).sqrt()
+
+
+def follow_whole_calls(engine: Any) -> list[RemovableHandle]:
+    """Has the engine take its own call for one pass over the module, and not the call that a step makes within it.
+
+    Lightning runs `training_step` in the place of the module's forward, and the step calls that forward in turn. At the
+    second call DeepSpeed would start its timers again, which it refuses, and ZeRO-3 would begin another pass: it never
+    saw a whole one, and so gathered each parameter alone when it was needed, not several together and ahead.
+
+    Returns:
+        What takes these hooks off, since `engine.destroy` does not.
+    """
+    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+    coordinator = offload.get_param_coordinator() if hasattr(offload, "get_param_coordinator") else None
+    depth = 0
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        nonlocal depth
+        depth += 1
+        if depth > 1:
+            return None
+        if coordinator is not None:
+            coordinator.reset_step()
+        return engine._forward_prologue(args, kwargs)
+
+    def leave(*_: Any) -> None:
+        nonlocal depth
+        depth -= 1
+        if depth == 0:
+            engine._forward_epilogue()
+
+    engine.module_forward_pre_hook.remove()
+    engine.module_forward_post_hook.remove()
+    if coordinator is not None:
+        offload.fwd_pre_hook.remove()
+    return [
+        engine.module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True),
+        engine.module.register_forward_hook(leave, always_call=True),
+    ]
 
 
 @contextmanager
