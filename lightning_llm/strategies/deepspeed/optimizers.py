@@ -14,16 +14,24 @@ from lightning_llm.models.muon import Muon
 Group = dict[str, Any]
 
 
-def check_optimizer(optimizer: Optimizer, zero_stage: int) -> None:
-    """Refuses optimizers that need whole matrices where ZeRO gives them flat ranges.
+def check_optimizer(optimizer: Optimizer, zero_stage: int, tensor_parallel_size: int) -> None:
+    """Refuses optimizers that need whole matrices where each rank has a part of them.
 
     Raises:
         ConfigurationError: It is one.
     """
-    if zero_stage > 0 and isinstance(optimizer, Muon | getattr(torch.optim, "Muon", Muon)):
+    if not isinstance(optimizer, Muon | getattr(torch.optim, "Muon", Muon)):
+        return
+    name = type(optimizer).__name__
+    if zero_stage > 0:
         raise ConfigurationError(
-            f"{type(optimizer).__name__} orthogonalises whole matrices, and zero_stage={zero_stage} gives each rank "
-            'flat ranges of them. Set zero_stage to 0, use AdamW, or strategy="llm3d".'
+            f"{name} orthogonalises whole matrices, and zero_stage={zero_stage} gives each rank flat ranges of them. "
+            'Set zero_stage to 0, use AdamW, or strategy="llm3d".'
+        )
+    if tensor_parallel_size > 1:
+        raise ConfigurationError(
+            f"{name} orthogonalises whole matrices, and tensor_parallel_size={tensor_parallel_size} leaves each rank a "
+            'shard that does not know the others. Set tensor_parallel_size to 1, use AdamW, or strategy="llm3d".'
         )
 
 
