@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -127,6 +128,53 @@ trainer:
     assert "step 5/5" in resumed.stdout
 
 
+def curve(folder: Path) -> list[float]:
+    """Losses of a run's steps and of its validation, as its logger wrote them."""
+    (metrics,) = folder.glob("logs/*/metrics.csv")
+    with metrics.open() as file:
+        rows = list(csv.DictReader(file))
+    return [float(row[name]) for name in ("train_loss", "val_loss") for row in rows if row[name]]
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [
+        "llm3d_deepspeed",
+        pytest.param("llm3d_deepspeed_zero1", marks=pytest.mark.slow),
+        pytest.param("llm3d_deepspeed_zero2", marks=pytest.mark.slow),
+        pytest.param("llm3d_deepspeed_zero3_offload", marks=pytest.mark.slow),
+        pytest.param("llm3d_zero3", marks=pytest.mark.slow),
+    ],
+)
+def test_one_file_gives_one_curve_on_either_engine(data: Path, tmp_path: Path, preset: str) -> None:
+    """The same YAML with another name for the strategy: `llm3d` in one process, `preset` in two."""
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"""
+model: {{model: tiny, vocab_size: 512, warmup_steps: 2}}
+data: {{path: {data}, batch_size: 8, seq_len: 32}}
+trainer:
+  accelerator: cpu
+  max_steps: 5
+  limit_val_batches: 1
+  val_check_interval: 5
+  log_every_n_steps: 1
+  enable_checkpointing: false
+  logger: {{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {{save_dir: {tmp_path}, name: logs}}}}
+"""
+    )
+    curves = []
+    for strategy, devices, run in (("llm3d", 1, call_forked), (preset, 2, call)):
+        folder = tmp_path / strategy
+        options = {"strategy": strategy, "devices": devices, "logger.init_args.save_dir": folder}
+        fitted = run("fit", "-c", config, *(f"--trainer.{name}={value}" for name, value in options.items()))
+        assert fitted.returncode == 0, fitted.stderr
+        curves.append(curve(folder))
+    one, several = curves
+    assert len(one) == 5 + 1 and one[4] < one[0] - 0.2, "it must learn"
+    assert several == pytest.approx(one, abs=1e-4)
+
+
 def test_print_config_is_complete() -> None:
     printed = call_forked("fit", "--print_config")
     assert printed.returncode == 0
@@ -145,6 +193,9 @@ def test_print_config_is_complete() -> None:
 
 
 STRATEGY = "lightning_llm.LLM3DStrategy"
+DEEPSPEED = "lightning_llm.LLM3DDeepSpeedStrategy"
+BY_VALUE = ["--trainer.gradient_clip_val=1", "--trainer.gradient_clip_algorithm=value"]
+PIPELINED = ["--trainer.strategy.pipeline_parallel_size=2"]
 
 
 @pytest.mark.parametrize(
@@ -182,6 +233,30 @@ STRATEGY = "lightning_llm.LLM3DStrategy"
             [f"--trainer.strategy={STRATEGY}", "--trainer.strategy.pipeline_schedule=2F2B"],
             "no pipeline schedule '2F2B'. Use one of GPipe",
             id="schedule",
+        ),
+        pytest.param(
+            2,
+            [f"--trainer.strategy={DEEPSPEED}", "--trainer.strategy.zero_stage=3", *PIPELINED],
+            r"pipeline_parallel_size=2 with zero_stage=3: .* Set zero_stage to 1 or 0, or use strategy=\"llm3d\"",
+            id="DeepSpeed: stages and ZeRO-3",
+        ),
+        pytest.param(
+            2,
+            [f"--trainer.strategy={DEEPSPEED}", "--trainer.strategy.zero_stage=0", "--trainer.precision=bf16-mixed"],
+            r"precision='bf16-mixed' with zero_stage=0: .* Set zero_stage to 1, .* or use strategy=\"llm3d\"",
+            id="DeepSpeed: precision",
+        ),
+        pytest.param(
+            2,
+            ["--trainer.strategy=llm3d_deepspeed", *BY_VALUE],
+            r"DeepSpeed's engine clips by the norm alone\. Use 'norm', or strategy=\"llm3d\"",
+            id="DeepSpeed: clipping",
+        ),
+        pytest.param(
+            3,
+            [f"--trainer.strategy={DEEPSPEED}", *PIPELINED],
+            r"pipeline\(2\) \* data\(1\) \* tensor\(1\) = 2 != world size 3",
+            id="DeepSpeed: sizes and world",
         ),
         pytest.param(
             2, ["--model.vocab_size=300"], "has 512 tokens, but the model's vocab_size is 300", id="vocabulary"

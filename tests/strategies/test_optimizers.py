@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import run_distributed
-from tests.strategies.training import SMALL, train
+from tests.strategies.training import SMALL, on_deepspeed, train
 
 STEPS = 5
 TP2 = {"tensor_parallel_size": 2}
@@ -48,6 +48,7 @@ def compare(world_size: int, sizes: dict[str, Any], config: Any, optimizer: Any,
         pytest.param(2, TP2, id="tp2"),
         pytest.param(2, PP2, id="pp2"),
         pytest.param(4, TP2, id="dp2 x tp2"),
+        pytest.param(2, on_deepspeed(0, **PP2), id="DeepSpeed pp2"),
     ],
 )
 def test_muon_in_float32(world_size: int, sizes: dict[str, Any]) -> None:
@@ -72,6 +73,25 @@ def test_muon_in_float64(world_size: int, sizes: dict[str, Any], config: Any) ->
     compare(world_size, sizes, config, MUON, "64-true", 1e-9)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_moments_in_bfloat16(optimizer: str) -> None:
-    compare(4, TP2, SMALL, {"optimizer": optimizer, "optimizer_state_dtype": "bfloat16"}, "32-true", 1e-4)
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (on_deepspeed(1), "Muon orthogonalises whole matrices, and zero_stage=1 gives each rank flat ranges"),
+        (on_deepspeed(0, **TP2), "Muon orthogonalises whole matrices, and tensor_parallel_size=2 leaves each rank a"),
+    ],
+)
+def test_muon_is_refused_where_deepspeed_takes_matrices_apart(sizes: dict[str, Any], message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        run_distributed(losses, 2, 2, sizes, SMALL, MUON, "32-true")
+
+
+@pytest.mark.parametrize(
+    ("world_size", "sizes", "optimizer"),
+    [
+        pytest.param(4, TP2, "adamw", id="adamw"),
+        pytest.param(4, TP2, "muon", id="muon"),
+        pytest.param(2, on_deepspeed(2, offload_optimizer="cpu"), "adamw", id="adamw, DeepSpeed"),
+    ],
+)
+def test_moments_in_bfloat16(world_size: int, sizes: dict[str, Any], optimizer: str) -> None:
+    compare(world_size, sizes, SMALL, {"optimizer": optimizer, "optimizer_state_dtype": "bfloat16"}, "32-true", 1e-4)

@@ -24,32 +24,31 @@ ELEMENTWISE = ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam"
 _OTHERS_OF_TORCH = ("Adafactor", "LBFGS", "Muon")
 
 
-def check_optimizer(optimizer: Optimizer, zero_stage: int) -> None:
-    """Refuses optimizers that need whole parameters where ZeRO gives them flat ranges, and warns of unknown ones.
+def check_optimizer(optimizer: Optimizer, zero_stage: int, tensor_parallel_size: int) -> None:
+    """Refuses optimizers that need whole parameters where each rank has a part of them, and warns of unknown ones.
 
     Raises:
         ConfigurationError: It is one.
     """
     kind = type(optimizer)
-    if zero_stage == 0 or kind is CastingAdamW or kind.__module__.startswith("deepspeed."):
+    whole = zero_stage == 0 and tensor_parallel_size == 1
+    if whole or kind is CastingAdamW or kind.__module__.startswith("deepspeed."):
         return
-    if isinstance(optimizer, Muon):
-        why = "orthogonalises whole matrices"
-    elif isinstance(
-        optimizer, tuple(getattr(torch.optim, name) for name in _OTHERS_OF_TORCH if hasattr(torch.optim, name))
-    ):
-        why = "computes with whole parameters"
-    else:
-        if not isinstance(optimizer, tuple(getattr(torch.optim, name) for name in ELEMENTWISE)):
-            rank_zero_warn(
-                f"zero_stage={zero_stage} gives {kind.__name__} flat ranges of parameters. That is right only if it "
-                "changes each element by that element alone, and not by the norm or the shape of its parameter."
-            )
-        return
-    raise ConfigurationError(
-        f"{kind.__name__} {why}, and zero_stage={zero_stage} gives each rank flat ranges of them. Set zero_stage to 0, "
-        'use AdamW, or strategy="llm3d".'
+    others = tuple(getattr(torch.optim, name) for name in _OTHERS_OF_TORCH if hasattr(torch.optim, name))
+    part = (
+        f"zero_stage={zero_stage} gives each rank flat ranges of them. Set zero_stage to 0"
+        if zero_stage > 0
+        else f"tensor_parallel_size={tensor_parallel_size} leaves each rank a shard that does not know the others. Set "
+        "tensor_parallel_size to 1"
     )
+    if isinstance(optimizer, (Muon, *others)):
+        why = "orthogonalises whole matrices" if "Muon" in kind.__name__ else "computes with whole parameters"
+        raise ConfigurationError(f'{kind.__name__} {why}, and {part}, use AdamW, or strategy="llm3d".')
+    if zero_stage > 0 and not isinstance(optimizer, tuple(getattr(torch.optim, name) for name in ELEMENTWISE)):
+        rank_zero_warn(
+            f"zero_stage={zero_stage} gives {kind.__name__} flat ranges of parameters. That is right only if it "
+            "changes each element by that element alone, and not by the norm or the shape of its parameter."
+        )
 
 
 def optimizer_of_config(

@@ -18,6 +18,9 @@ from lightning_llm.strategies.deepspeed.zero import Gradients
 from lightning_llm.strategies.precision import LLMPrecision
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_BY_NORM_ALONE = (
+    "gradient_clip_algorithm='value': DeepSpeed's engine clips by the norm alone. Use 'norm', or strategy=\"llm3d\"."
+)
 
 
 class DeepSpeedPrecision(LLMPrecision):
@@ -105,10 +108,7 @@ class DeepSpeedPrecision(LLMPrecision):
         Raises:
             ConfigurationError: always.
         """
-        raise ConfigurationError(
-            "gradient_clip_algorithm='value': DeepSpeed's engine clips by the norm alone. Use 'norm', or "
-            'strategy="llm3d".'
-        )
+        raise ConfigurationError(_BY_NORM_ALONE)
 
     @property
     def _dynamic_scaler(self) -> Any:
@@ -149,14 +149,16 @@ def step(engine: Any) -> None:
         engine.step()
 
 
-def check_masters(precision: str, zero_stage: int, *, pipelined: bool) -> None:
-    """Refuses mixed precision where DeepSpeed would train in 16 bits alone.
+def check_training(precision: str, zero_stage: int, *, pipelined: bool, clips_by_value: bool) -> None:
+    """Refuses what DeepSpeed's engine would train otherwise than it is called.
 
     Raises:
-        ConfigurationError: It would.
+        ConfigurationError: saying what to use instead.
     """
     if precision == "bf16-mixed" and zero_stage == 0 and not pipelined:
         raise ConfigurationError(
             "precision='bf16-mixed' with zero_stage=0: DeepSpeed keeps float32 masters of bfloat16 weights in the "
             'optimizers of ZeRO alone. Set zero_stage to 1, precision to "bf16-true", or use strategy="llm3d".'
         )
+    if clips_by_value:
+        raise ConfigurationError(_BY_NORM_ALONE)

@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
@@ -41,7 +42,7 @@ from lightning_llm.strategies.deepspeed.optimizers import (
     split_experts,
 )
 from lightning_llm.strategies.deepspeed.pipeline import SCHEDULE, EnginePipeline, pipeline_module
-from lightning_llm.strategies.deepspeed.precision import DeepSpeedPrecision, check_masters
+from lightning_llm.strategies.deepspeed.precision import DeepSpeedPrecision, check_training
 from lightning_llm.strategies.deepspeed.sections import CHOSEN_LATER
 from lightning_llm.strategies.deepspeed.settings import (
     EngineSettings,
@@ -161,10 +162,11 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
         super()._check(trainer, datamodule)
         assert self.dims is not None
         if trainer.state.fn == TrainerFn.FITTING:
-            check_masters(
+            check_training(
                 str(self.precision_plugin.precision),
                 self.settings.zero_stage,
                 pipelined=self.dims.pipeline_parallel_size > 1,
+                clips_by_value=trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE,
             )
 
     def _resolve_dims(self, *arguments: Any) -> ParallelDims:
@@ -308,7 +310,7 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
                 f"DeepSpeed's engine takes one optimizer, and configure_optimizers() returned {len(self.optimizers)}."
             )
         optimizer = self.optimizers[0]
-        check_optimizer(optimizer, self.settings.zero_stage)
+        check_optimizer(optimizer, self.settings.zero_stage, self.meshes.dims.tensor_parallel_size)
         if self._has_cpu_adam:
             optimizer = for_host(optimizer)
         if self.meshes.dims.expert_parallel_size > 1 and self.settings.zero_stage > 0:
