@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all check format bench bench-checkpoint bench-serve axes docs clean
+.PHONY: help setup demo test test-all check format bench bench-engines bench-checkpoint bench-serve axes docs clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -78,6 +78,9 @@ format: setup ## put every file into the one format
 
 bench: setup ## what our strategy costs over a bare torch loop
 	@$(BIN)/python benchmarks/train_overhead.py
+
+bench-engines: setup ## what our strategy on DeepSpeed costs over DeepSpeed alone, beside Lightning's and our other one
+	@$(BIN)/python benchmarks/engines.py
 
 bench-checkpoint: setup ## what a checkpoint costs, beside torch.distributed.checkpoint
 	@$(BIN)/python benchmarks/checkpoint.py

@@ -1,4 +1,4 @@
-"""`train_overhead.py --profile`, `engines.py --profile`: where the CPU time of a Trainer's step goes, and which collectives each side calls."""
+"""`--profile` of train_overhead.py and engines.py: where a Trainer's step goes, what collectives each side calls."""
 
 from __future__ import annotations
 

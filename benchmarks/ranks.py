@@ -1,4 +1,4 @@
-"""Runs functions on N forked gloo processes each. The benchmarks use it, so that torch is imported once for all ranks."""
+"""Runs functions on N forked gloo processes each. The benchmarks use it, so that torch is imported once for all."""
 
 from __future__ import annotations
 

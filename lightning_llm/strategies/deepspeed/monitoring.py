@@ -32,7 +32,6 @@ def watch(engine: Any, trainer: pl.Trainer) -> None:
         trainer: Whose loggers get `deepspeed/Train/Samples/lr` and the like, every `log_every_n_steps` steps.
     """
     engine.monitor = LoggersMonitor(engine.monitor, trainer)
-    _watch_outermost_forward(engine)
     profiler = getattr(engine, "flops_profiler", None)
     if profiler is not None:
         shown = profiler.print_model_profile
@@ -50,25 +49,6 @@ def watch(engine: Any, trainer: pl.Trainer) -> None:
             )
 
         profiler.print_model_profile = print_and_log
-
-
-def _watch_outermost_forward(engine: Any) -> None:
-    """Has an engine's timers and profiler see a forward once, though `training_step` calls its own module within it."""
-    begin, end = engine._forward_prologue, engine._forward_epilogue
-    depth = 0
-
-    def begin_outermost(inputs: Any, kwargs: Any) -> Any:
-        nonlocal depth
-        depth += 1
-        return begin(inputs, kwargs) if depth == 1 else None
-
-    def end_outermost() -> None:
-        nonlocal depth
-        depth -= 1
-        if depth == 0:
-            end()
-
-    engine._forward_prologue, engine._forward_epilogue = begin_outermost, end_outermost
 
 
 class LoggersMonitor:
