@@ -198,7 +198,9 @@ def test_no_sample_is_repeated_or_left_out_over_two_changes(pages: Path, tmp_pat
 @pytest.mark.parametrize(
     ("saved", "loaded"),
     [
-        pytest.param(TP2, [DEEPSPEED | {"zero_stage": stage} for stage in (3, 1)], id="llm3d tp2 to DeepSpeed"),
+        pytest.param(
+            TP2, [DEEPSPEED | {"zero_stage": stage} for stage in (3, 1)], id="llm3d tp2 to DeepSpeed", marks=slow
+        ),
         pytest.param(DEEPSPEED | {"zero_stage": 3}, [TP2, DEEPSPEED | PP2], id="DeepSpeed ZeRO-3 to llm3d and pp2"),
         pytest.param(
             DEEPSPEED | PP2 | {"zero_stage": 1},

@@ -45,10 +45,10 @@ def evaluate_then_fit(world_size: int, sizes: dict[str, Any], first: str) -> lis
         pytest.param({"zero_stage": 2}, id="ZeRO-2"),
         pytest.param({}, id="ZeRO-3"),
         pytest.param(on_deepspeed(0), id="DeepSpeed ZeRO-0", marks=pytest.mark.slow),
-        pytest.param(on_deepspeed(1), id="DeepSpeed ZeRO-1"),
-        pytest.param(on_deepspeed(2, **EP2), id="DeepSpeed ep2 ZeRO-2"),
+        pytest.param(on_deepspeed(1), id="DeepSpeed ZeRO-1", marks=pytest.mark.slow),
+        pytest.param(on_deepspeed(2, **EP2), id="DeepSpeed ep2 ZeRO-2", marks=pytest.mark.slow),
         pytest.param(on_deepspeed(3), id="DeepSpeed ZeRO-3"),
-        pytest.param(on_deepspeed(1, **PP2), id="DeepSpeed pp2"),
+        pytest.param(on_deepspeed(1, **PP2), id="DeepSpeed pp2", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("first", ["validate", "predict"])
@@ -82,7 +82,7 @@ def fit_on_from_a_checkpoint(world_size: int, sizes: dict[str, Any], folder: Pat
         pytest.param(2, {}, id="dp2"),
         pytest.param(2, PP2, id="pp2"),
         pytest.param(2, on_deepspeed(0, **TP2), id="DeepSpeed tp2", marks=pytest.mark.slow),
-        pytest.param(2, on_deepspeed(1, **PP2), id="DeepSpeed pp2"),
+        pytest.param(2, on_deepspeed(1, **PP2), id="DeepSpeed pp2", marks=pytest.mark.slow),
         pytest.param(2, on_deepspeed(2), id="DeepSpeed ZeRO-2", marks=pytest.mark.slow),
         pytest.param(2, on_deepspeed(3), id="DeepSpeed ZeRO-3"),
     ],
@@ -131,8 +131,8 @@ def train_frozen(world_size: int, sizes: dict[str, Any], model: str) -> dict[str
         pytest.param(4, {**TP2, **EP2}, "shared", id="dp2 x tp2 x ep2"),
         pytest.param(2, PP2, "tied", id="pp2 tied"),
         pytest.param(2, on_deepspeed(3), "tied", id="DeepSpeed ZeRO-3"),
-        pytest.param(2, on_deepspeed(1, **EP2), "moe", id="DeepSpeed ep2"),
-        pytest.param(4, on_deepspeed(1, **TP2, **PP2), "tied", id="DeepSpeed pp2 x tp2"),
+        pytest.param(2, on_deepspeed(1, **EP2), "moe", id="DeepSpeed ep2", marks=pytest.mark.slow),
+        pytest.param(4, on_deepspeed(1, **TP2, **PP2), "tied", id="DeepSpeed pp2 x tp2", marks=pytest.mark.slow),
         pytest.param(2, on_deepspeed(0, **TP2), "qk_norm", id="DeepSpeed tp2", marks=pytest.mark.slow),
     ],
 )
@@ -211,8 +211,8 @@ def accumulate_over_nothing(world_size: int, sizes: dict[str, Any], accumulate: 
     [
         pytest.param(1, {}, id="one process"),
         pytest.param(2, PP2, id="pp2"),
-        pytest.param(2, on_deepspeed(0, **PP2), id="DeepSpeed pp2"),
-        pytest.param(1, on_deepspeed(3), id="DeepSpeed ZeRO-3"),
+        pytest.param(2, on_deepspeed(0, **PP2), id="DeepSpeed pp2", marks=pytest.mark.slow),
+        pytest.param(1, on_deepspeed(3), id="DeepSpeed ZeRO-3", marks=pytest.mark.slow),
     ],
 )
 def test_a_batch_without_labels_may_open_a_window(world_size: int, sizes: dict[str, Any]) -> None:
@@ -250,8 +250,8 @@ def train_by_hand(world_size: int, sizes: dict[str, Any], model: str) -> list[fl
     [
         pytest.param(TP2, "plain", id="tp2"),
         pytest.param(EP2, "moe", id="dp2 x ep2"),
-        pytest.param(on_deepspeed(0, **TP2), "plain", id="DeepSpeed tp2"),
-        pytest.param(on_deepspeed(2, **EP2), "moe", id="DeepSpeed dp2 x ep2"),
+        pytest.param(on_deepspeed(0, **TP2), "plain", id="DeepSpeed tp2", marks=pytest.mark.slow),
+        pytest.param(on_deepspeed(2, **EP2), "moe", id="DeepSpeed dp2 x ep2", marks=pytest.mark.slow),
         pytest.param(on_deepspeed(3), "plain", id="DeepSpeed ZeRO-3", marks=pytest.mark.slow),
     ],
 )
@@ -302,7 +302,7 @@ def train_plain(world_size: int, sizes: dict[str, Any], precision: str, folder: 
     "sizes",
     [
         pytest.param({}, id="dp2"),
-        pytest.param(on_deepspeed(1), id="DeepSpeed ZeRO-1"),
+        pytest.param(on_deepspeed(1), id="DeepSpeed ZeRO-1", marks=pytest.mark.slow),
         pytest.param(on_deepspeed(3), id="DeepSpeed ZeRO-3"),
     ],
 )

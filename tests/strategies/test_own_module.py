@@ -142,10 +142,10 @@ class OnItself(Plain):
     [
         pytest.param(Untied, {}, id="untied"),
         pytest.param(Tied, {}, id="tied"),
-        pytest.param(Tied, on_deepspeed(1), id="tied, DeepSpeed ZeRO-1"),
+        pytest.param(Tied, on_deepspeed(1), id="tied, DeepSpeed ZeRO-1", marks=pytest.mark.slow),
         pytest.param(Tied, on_deepspeed(3), id="tied, DeepSpeed ZeRO-3"),
-        pytest.param(Siblings, on_deepspeed(2), id="siblings, DeepSpeed ZeRO-2"),
-        pytest.param(OnItself, on_deepspeed(3), id="on itself, DeepSpeed ZeRO-3"),
+        pytest.param(Siblings, on_deepspeed(2), id="siblings, DeepSpeed ZeRO-2", marks=pytest.mark.slow),
+        pytest.param(OnItself, on_deepspeed(3), id="on itself, DeepSpeed ZeRO-3", marks=pytest.mark.slow),
     ],
 )
 def test_a_module_without_a_plan_trains_data_parallel(make: Callable[[], Plain], sizes: dict[str, Any]) -> None:
@@ -160,7 +160,11 @@ def test_a_module_without_a_plan_trains_data_parallel(make: Callable[[], Plain],
             torch.testing.assert_close(weight, one["weights"][name], atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("sizes", [TP2, PP2, on_deepspeed(0, **TP2)], ids=["tp2", "pp2", "DeepSpeed tp2"])
+@pytest.mark.parametrize(
+    "sizes",
+    [TP2, PP2, pytest.param(on_deepspeed(0, **TP2), marks=pytest.mark.slow)],
+    ids=["tp2", "pp2", "DeepSpeed tp2"],
+)
 def test_a_module_without_a_plan_is_told_what_more_needs(sizes: dict[str, Any]) -> None:
     message = r"only data parallelism needs no plan, and Untied has none\. Give it a method `parallel_plan\(\)`"
     with pytest.raises(AssertionError, match=message):
@@ -325,8 +329,8 @@ def train_own(world_size: int, sizes: dict[str, Any], make: Callable[[], OwnModu
         pytest.param(4, {**TP2, **PP2}, id="pp2 x tp2"),
         pytest.param(4, TP2, id="dp2 x tp2"),
         pytest.param(2, PP2, id="pp2"),
-        pytest.param(4, on_deepspeed(1, **TP2, **PP2), id="DeepSpeed pp2 x tp2"),
-        pytest.param(4, on_deepspeed(3, **TP2), id="DeepSpeed dp2 x tp2"),
+        pytest.param(4, on_deepspeed(1, **TP2, **PP2), id="DeepSpeed pp2 x tp2", marks=pytest.mark.slow),
+        pytest.param(4, on_deepspeed(3, **TP2), id="DeepSpeed dp2 x tp2", marks=pytest.mark.slow),
     ],
 )
 def test_a_model_with_a_plan_of_its_own_trains_in_every_layout(world_size: int, sizes: dict[str, Any]) -> None:

@@ -138,15 +138,15 @@ NVME = {
     "config": {"zero_optimization": {"offload_param": {"buffer_size": 100_000}}},
 }
 LAYOUTS += [
-    Layout("one process ZeRO-3", 1, on_deepspeed(3), trainer=UNCLIPPED),
+    Layout("one process ZeRO-3", 1, on_deepspeed(3), trainer=UNCLIPPED, slow=True),
     Layout("dp2 ZeRO-0", 2, on_deepspeed(0), "tied", slow=True),
     Layout("dp2 ZeRO-1", 2, on_deepspeed(1), accumulate=2),
     Layout("dp2 ZeRO-2", 2, on_deepspeed(2, recompute="full"), "tied", accumulate=2),
     Layout("dp2 ZeRO-3", 2, on_deepspeed(3), "tied", accumulate=2),
-    Layout("dp4 ZeRO-3 as replicate2 x shard2", 4, on_deepspeed(3, replicate_size=2)),
+    Layout("dp4 ZeRO-3 as replicate2 x shard2", 4, on_deepspeed(3, replicate_size=2), slow=True),
     Layout("dp2 ZeRO-1 offloaded", 2, on_deepspeed(1, offload_optimizer="cpu"), slow=True),
     Layout("dp2 ZeRO-3 offloaded", 2, on_deepspeed(3, **OFFLOADED)),
-    Layout("dp2 ZeRO-3 on a disk", 2, on_deepspeed(3, **NVME)),
+    Layout("dp2 ZeRO-3 on a disk", 2, on_deepspeed(3, **NVME), slow=True),
     Layout("tp2 ZeRO-0", 2, on_deepspeed(0, **TP2), "biases", trainer=UNCLIPPED),
     Layout("dp2 x tp2 ZeRO-2", 4, on_deepspeed(2, **TP2), "qk_norm", slow=True),
     Layout("dp2 x tp2 ZeRO-3", 4, on_deepspeed(3, **TP2), "tied", slow=True),

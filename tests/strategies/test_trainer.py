@@ -38,13 +38,18 @@ from tests.strategies.training import (
 
 TP2 = {"tensor_parallel_size": 2}
 PP2 = {"pipeline_parallel_size": 2}
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 # Ranks, and how they share the work.
 LAYOUTS = {
     "pp2 x tp2": (4, {**TP2, **PP2}),
     "DeepSpeed pp2 x tp2": (4, on_deepspeed(1, **TP2, **PP2)),
     "DeepSpeed ZeRO-3": (2, on_deepspeed(3)),
 }
-in_every_layout = pytest.mark.parametrize(("world_size", "sizes"), LAYOUTS.values(), ids=LAYOUTS)
+MARKS = {"DeepSpeed pp2 x tp2": pytest.mark.slow}
+in_every_layout = pytest.mark.parametrize(
+    ("world_size", "sizes"),
+    [pytest.param(*layout, id=name, marks=MARKS.get(name, ())) for name, layout in LAYOUTS.items()],
+)
 TIED = SMALL.replace(tie_word_embeddings=True)
 TOLERANCE = 1e-4
 
@@ -125,7 +130,10 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(folder, run_distributed(user_run, 1, 1, {}, folder))
 
 
-@pytest.fixture(scope="module", params=LAYOUTS.values(), ids=list(LAYOUTS))
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(layout, id=name, marks=MARKS.get(name, ())) for name, layout in LAYOUTS.items()],
+)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The same run by several."""
     world_size, sizes = request.param
@@ -191,7 +199,7 @@ def predict(world_size: int, sizes: dict[str, Any]) -> list[Tensor]:
     return trainer.predict(make_module(), loader(trainer, strategy, rows=8))
 
 
-@pytest.mark.parametrize("sizes", [TP2, on_deepspeed(0, **TP2)], ids=["tp2", "DeepSpeed tp2"])
+@pytest.mark.parametrize("sizes", [TP2, slow(on_deepspeed(0, **TP2))], ids=["tp2", "DeepSpeed tp2"])
 def test_predictions_are_whole_without_a_pipeline_too(sizes: dict[str, Any]) -> None:
     (expected,) = run_distributed(predict, 1, 1, {})[0]
     for (logits,) in run_distributed(predict, 2, 2, sizes):
@@ -415,7 +423,7 @@ def by_epochs_of_one_process(corpus: Path) -> dict[str, Any]:
     return run_distributed(by_epochs, 1, 1, {}, corpus)[0]
 
 
-@pytest.mark.parametrize("sizes", [PP2, on_deepspeed(0, **PP2)], ids=["pp2", "DeepSpeed pp2"])
+@pytest.mark.parametrize("sizes", [PP2, slow(on_deepspeed(0, **PP2))], ids=["pp2", "DeepSpeed pp2"])
 def test_epochs_of_a_token_data_module_set_the_length_of_the_run(corpus: Path, sizes: dict[str, Any]) -> None:
     one = by_epochs_of_one_process(corpus)
     assert one["rate"] == pytest.approx(5e-4), "the schedule has reached its minimum"
@@ -502,7 +510,7 @@ def with_ragged_loaders(world_size: int, sizes: dict[str, Any]) -> dict[str, Any
     return {"losses": recorder.losses, "val_loss": float(trainer.callback_metrics["val_loss"])}
 
 
-@pytest.mark.parametrize("sizes", [PP2, on_deepspeed(1, **PP2)], ids=["pp2", "DeepSpeed pp2"])
+@pytest.mark.parametrize("sizes", [PP2, slow(on_deepspeed(1, **PP2))], ids=["pp2", "DeepSpeed pp2"])
 def test_a_smaller_last_batch_does_not_end_a_pipelines_run(sizes: dict[str, Any]) -> None:
     one = run_distributed(with_ragged_loaders, 1, 1, {})[0]
     for seen in run_distributed(with_ragged_loaders, 2, 2, sizes):

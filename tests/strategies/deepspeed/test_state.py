@@ -71,7 +71,9 @@ def in_background(world: int, settings: dict[str, Any], folder: Path, snapshot: 
     [
         pytest.param({"zero_stage": 2}, "overlapped", "bf16-mixed", id="ZeRO-2"),
         pytest.param({"zero_stage": 3}, "overlapped", "32-true", id="ZeRO-3", marks=pytest.mark.slow),
-        pytest.param({"zero_stage": 1, "offload_optimizer": "cpu"}, "copy", "bf16-mixed", id="offloaded"),
+        pytest.param(
+            {"zero_stage": 1, "offload_optimizer": "cpu"}, "copy", "bf16-mixed", id="offloaded", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_saved_in_the_background_it_is_the_state_of_its_step(
