@@ -120,7 +120,9 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     [
         pytest.param(2, "llm3d", Kill(1, 4, signal.SIGUSR1), {}, 5, id="one rank of two"),
         pytest.param(
-            2, "llm3d", Kill(0, 4, signal.SIGTERM, True), {"accumulate_grad_batches": 2}, 4, id="while it validates"
+            *(2, "llm3d", Kill(0, 4, signal.SIGTERM, True), {"accumulate_grad_batches": 2}, 4),
+            id="while it validates",
+            marks=pytest.mark.slow,
         ),
         pytest.param(1, "auto", Kill(0, 2, signal.SIGTERM), {}, 3, id="one device", marks=pytest.mark.slow),
         pytest.param(2, "ddp", Kill(1, 1, signal.SIGTERM), {}, 2, id="ddp", marks=pytest.mark.slow),

@@ -28,6 +28,7 @@ TINY = "--max-steps 2 --batch-size 8 --seq-len 32"
 TINY_YAML = "--trainer.max_steps 2 --trainer.val_check_interval 2 --data.batch_size 8 --data.seq_len 32"
 
 
+@pytest.mark.slow
 def test_the_script_trains_on_two_processes(root: Path, data: Path) -> None:
     options = f"--data {data} --devices 2 --tensor-parallel-size 2 {TINY}"
     done = call(f"python examples/own_model/train.py {options}", root)
