@@ -310,7 +310,7 @@ class Trouble(Callback):
         if trainer.global_step == 2 and trainer.global_rank == int(sys.argv[2]):
             raise RuntimeError("planted trouble")
 
-trainer = Trainer(strategy="llm3d_tp2_pp2", accelerator="cpu", devices=4, max_steps=100000, logger=False,
+trainer = Trainer(strategy=sys.argv[3], accelerator="cpu", devices=int(sys.argv[4]), max_steps=100000, logger=False,
                   enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
                   callbacks=[Trouble()], limit_val_batches=0)
 trainer.fit(lightning_llm.LLMModule("tiny", vocab_size=512),
@@ -328,11 +328,18 @@ def running(data: Path, tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]
             process.wait()
 
 
-def start(running: list[subprocess.Popen[str]], data: Path, tmp_path: Path, failing_rank: int) -> subprocess.Popen[str]:
+def start(
+    running: list[subprocess.Popen[str]],
+    data: Path,
+    tmp_path: Path,
+    failing_rank: int,
+    strategy: str = "llm3d_tp2_pp2",
+    devices: int = 4,
+) -> subprocess.Popen[str]:
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
     process = subprocess.Popen(
-        [sys.executable, script, data, str(failing_rank)],
+        [sys.executable, script, data, str(failing_rank), strategy, str(devices)],
         stdout=subprocess.PIPE,
         stderr=(tmp_path / "stderr").open("w"),
         text=True,
@@ -364,11 +371,14 @@ def seconds_until_gone(pids: dict[int, int], limit: float) -> float:
     return time.monotonic() - started
 
 
-@pytest.mark.parametrize("failing_rank", [0, 3])
+@pytest.mark.parametrize(
+    ("strategy", "devices", "failing_rank"),
+    [("llm3d_tp2_pp2", 4, 0), ("llm3d_tp2_pp2", 4, 3), ("llm3d_deepspeed", 2, 1)],
+)
 def test_an_exception_in_one_rank_ends_the_run_and_is_shown_once(
-    running: list[subprocess.Popen[str]], data: Path, tmp_path: Path, failing_rank: int
+    running: list[subprocess.Popen[str]], data: Path, tmp_path: Path, strategy: str, devices: int, failing_rank: int
 ) -> None:
-    process = start(running, data, tmp_path, failing_rank)
+    process = start(running, data, tmp_path, failing_rank, strategy, devices)
     pids = {}
     assert process.stdout is not None
     for line in process.stdout:

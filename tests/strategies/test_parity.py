@@ -144,6 +144,8 @@ LAYOUTS += [
     Layout("dp2 ZeRO-2", 2, on_deepspeed(2, recompute="full"), "tied", accumulate=2),
     Layout("dp2 ZeRO-3", 2, on_deepspeed(3), "tied", accumulate=2),
     Layout("dp4 ZeRO-3 as replicate2 x shard2", 4, on_deepspeed(3, replicate_size=2), slow=True),
+    Layout("replicate2 x cp2 ZeRO-3", 4, on_deepspeed(3, **CP2, replicate_size=2), slow=True),
+    Layout("replicate2 x shard2 x tp2 ZeRO-3", 8, on_deepspeed(3, **TP2, replicate_size=2), "tied", slow=True),
     Layout("dp2 ZeRO-1 offloaded", 2, on_deepspeed(1, offload_optimizer="cpu"), slow=True),
     Layout("dp2 ZeRO-3 offloaded", 2, on_deepspeed(3, **OFFLOADED)),
     Layout("dp2 ZeRO-3 on a disk", 2, on_deepspeed(3, **NVME), slow=True),

@@ -11,12 +11,26 @@ class Grid:
     """What DeepSpeed and Megatron-LM call the `mpu`, over the meshes of this run.
 
     Data ranks are all that average gradients: those with other samples, and those with other tokens of the same ones.
+
+    Attributes:
+        replica: Those of them that are one replica; None where there is one alone.
     """
 
     def __init__(self, meshes: Meshes) -> None:
         replicas, shards = meshes.dense["dp_replicate"], meshes.dense["fsdp"]
         both = meshes.dense["dp_replicate", "fsdp"]._flatten() if replicas.size() > 1 else shards
         self._data, self._tensor = both.get_group(), meshes.tensor.get_group()
+        self.replica = shards.get_group() if replicas.size() > 1 else None
+
+    def take_up(self) -> None:
+        """Has DeepSpeed gather parameters within replicas (its hpZ), if there are several.
+
+        DeepSpeed keeps one such group in a global variable, which it makes of neighbouring ranks unless there is one,
+        an earlier run's too.
+        """
+        from deepspeed.utils import groups
+
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = self.replica
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         """Ranks that average gradients."""

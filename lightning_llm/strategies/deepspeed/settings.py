@@ -143,12 +143,6 @@ def check_engine(sizes: Mapping[str, Size], settings: EngineSettings) -> None:
             f"replicate_size={size['replicate_size']} needs zero_stage=3, not {stage}: it keeps a second copy of the "
             "parameters' shards within each replica (DeepSpeed's hpZ), which other stages do not share out."
         )
-    if size["replicate_size"] > 1 and size["tensor_parallel_size"] > 1:
-        raise ConfigurationError(
-            f"replicate_size={size['replicate_size']} with tensor_parallel_size={size['tensor_parallel_size']}: "
-            "DeepSpeed's hpZ takes neighbouring ranks for a replica, which tensor ranks are. Set one of them to 1, or "
-            'use strategy="llm3d".'
-        )
 
 
 def engine_config(

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType
@@ -223,6 +224,8 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
             )
         deepspeed.init_distributed(dist_init_required=False)
         quieten()
+        self._grid = self._grid or Grid(self.meshes)
+        self._grid.take_up()
 
     @property
     def _is_pipelined(self) -> bool:
@@ -233,7 +236,6 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
         dims = self.meshes.dims
         target, plan = target_of(module, dims, self.layout)
         self.plan = plan
-        self._grid = Grid(self.meshes)
         self.precision_plugin.convert_module(target)
         built = not any(parameter.is_meta for parameter in target.parameters())
         if built:
@@ -269,7 +271,6 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
     def _partition(self, part: nn.Module) -> None:
         """ZeRO-3's share of a block's parameters, in the engine's type."""
         import deepspeed
-        from deepspeed.utils import groups
 
         dtype = self.precision_plugin.compute_dtype
         for parameter in part.parameters():
@@ -279,7 +280,7 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
         deepspeed.zero.Init(
             module=part,
             data_parallel_group=self._grid.get_data_parallel_group(),
-            zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),  # made by the first block, for hpZ
+            zero_param_parallel_group=self._grid.replica,
             config_dict_or_path=self._engine_config(trains=True),
             mpu=self._grid,
             dtype=dtype,
@@ -319,15 +320,15 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
         return optimizer
 
     def _engine_config(self, *, trains: bool) -> dict[str, Any]:
-        assert self.lightning_module is not None
+        assert self.lightning_module is not None and self._grid is not None
         trainer = self.lightning_module.trainer
-        dims = self.meshes.dims
+        dims, replica = self.meshes.dims, self._grid.replica
         batch = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
         config, overridden = engine_config(
             self.settings,
             precision=str(self.precision_plugin.precision),
             batch_size=max(1, batch // dims.data_parallel_size // trainer.accumulate_grad_batches) if batch else 1,
-            secondary_shards=dims.data_parallel_size // dims.replicate_size if dims.replicate_size > 1 else 1,
+            secondary_shards=dist.get_world_size(replica) if replica is not None else 1,
             clips=trainer.gradient_clip_val is not None,
             trains=trains,
         )
