@@ -127,6 +127,13 @@ def check_engine(sizes: Mapping[str, Size], settings: EngineSettings) -> None:
             "whole until the last microbatch, so ZeRO-2 and ZeRO-3 are incompatible with it. Set zero_stage to 1 or 0, "
             'or use strategy="llm3d", whose pipeline runs with every stage.'
         )
+    profiled = settings.config.get("flops_profiler", {}).get("enabled", False)
+    if pipeline > 1 and (profiled or settings.config.get("wall_clock_breakdown", False)):
+        raise ConfigurationError(
+            f"config: {'flops_profiler' if profiled else 'wall_clock_breakdown'} with pipeline_parallel_size="
+            f"{pipeline}: DeepSpeed's pipeline starts timers that its engine has started, and fails. Take it out, or "
+            "measure with pipeline_parallel_size=1."
+        )
     if experts > 1 and stage == 3:
         raise ConfigurationError(
             f"expert_parallel_size={experts} with zero_stage=3: DeepSpeed shards expert groups by ZeRO 1 and 2 alone. "
@@ -193,8 +200,6 @@ def engine_config(
         section, _, name = key.rpartition(".")
         (merged.get(section, {}) if section else merged).pop(name, None)
     merged["pipeline"] = PIPELINE
-    if merged.get("wall_clock_breakdown") and merged["steps_per_print"] is None:
-        merged["steps_per_print"] = 10  # a pipeline divides by it
     return merged, [*without_effect(settings.config), *changes]
 
 

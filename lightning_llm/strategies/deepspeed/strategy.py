@@ -312,10 +312,10 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
             )
         optimizer = self.optimizers[0]
         check_optimizer(optimizer, self.settings.zero_stage, self.meshes.dims.tensor_parallel_size)
-        if self._has_cpu_adam:
-            optimizer = for_host(optimizer)
         if self.meshes.dims.expert_parallel_size > 1 and self.settings.zero_stage > 0:
             optimizer, self._split_groups = split_experts(optimizer)
+        if self._has_cpu_adam:  # the last: its memory goes with the first copy that does
+            optimizer = for_host(optimizer)
         self._groups = groups_by_name(optimizer, module)
         return optimizer
 
@@ -369,14 +369,17 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
         if experts > 1:
             tell_of_experts(self._decoder, experts)
         trains = module.trainer.state.fn == TrainerFn.FITTING
-        with printed_for_debugging():
-            self.engine, *_ = deepspeed.initialize(
-                model=model,
-                optimizer=optimizer,
-                config=self._engine_config(trains=trains),
-                mpu=None if self._is_pipelined else self._grid,
-                dist_init_required=False,
-            )
+        try:
+            with printed_for_debugging():
+                self.engine, *_ = deepspeed.initialize(
+                    model=model,
+                    optimizer=optimizer,
+                    config=self._engine_config(trains=trains),
+                    mpu=None if self._is_pipelined else self._grid,
+                    dist_init_required=False,
+                )
+        except (AssertionError, NotImplementedError) as error:  # settings that exclude each other
+            raise ConfigurationError(f"DeepSpeed's engine does not start: {error}") from error
         watch(self.engine, module.trainer)
         self.gradients = Gradients(self.engine, self.root_device)
         self.precision_plugin.attach_engine(self.engine, self.gradients, self._finish_gradients)

@@ -17,8 +17,10 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from lightning_llm.checkpoint.reading import Checkpoint
+from lightning_llm.errors import ConfigurationError
 from lightning_llm.models.module import LLMModule
 from tests.distributed import run_distributed
+from tests.strategies.test_parity import MODELS
 from tests.strategies.training import SMALL, loader, make_strategy, make_trainer, train
 
 SGD = {"type": "SGD", "params": {"lr": 0.1}}
@@ -137,12 +139,13 @@ def test_float16_with_every_stage(settings: dict[str, Any], tmp_path: Path) -> N
     check_float16(settings, tmp_path / "saved")
 
 
-def in_bfloat16(settings: dict[str, Any], accumulate: int, precision: str) -> dict[str, Any]:
+def in_sixteen_bits(settings: dict[str, Any], accumulate: int, precision: str) -> dict[str, Any]:
     from lightning_llm.strategies.deepspeed.ops import import_deepspeed, prepare_ops
 
     sent = set()
     run = functools.partial(train, 2, {"engine": "deepspeed", **settings}, accumulate=accumulate, max_steps=6)
     deepspeed = import_deepspeed("cpu")
+    deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     prepare_ops([])  # or DeepSpeed compiles what it does not need
     comm = deepspeed.comm.comm
     deepspeed.init_distributed("gloo", dist_init_required=False)
@@ -158,9 +161,9 @@ def in_bfloat16(settings: dict[str, Any], accumulate: int, precision: str) -> di
     return {**run(precision=precision), "sent": sent}
 
 
-def check_bfloat16(settings: dict[str, Any], accumulate: int = 1, precision: str = "bf16-mixed") -> set[str]:
+def check_sixteen_bits(settings: dict[str, Any], accumulate: int = 1, precision: str = "bf16-mixed") -> set[str]:
     reference = run_distributed(functools.partial(train, max_steps=6, precision="bf16-mixed"), 1, 1, {})[0]
-    ranks = run_distributed(in_bfloat16, 2, settings, accumulate, precision)
+    ranks = run_distributed(in_sixteen_bits, 2, settings, accumulate, precision)
     for rank in ranks:
         losses = zip(rank["step_losses"], reference["step_losses"], strict=True)
         assert max(abs(a - b) for a, b in losses) < LOSS_TOLERANCE
@@ -170,7 +173,7 @@ def check_bfloat16(settings: dict[str, Any], accumulate: int = 1, precision: str
 
 
 def test_bfloat16_trains_like_the_other_engine() -> None:
-    sent = check_bfloat16({"zero_stage": 3, "config": {"communication_data_type": "fp32"}}, accumulate=2)
+    sent = check_sixteen_bits({"zero_stage": 3, "config": {"communication_data_type": "fp32"}}, accumulate=2)
     assert sent == {"torch.float32"}
 
 
@@ -193,9 +196,25 @@ def test_bfloat16_trains_like_the_other_engine() -> None:
     ids=str,
 )
 def test_bfloat16_in_every_layout(settings: dict[str, Any], accumulate: int) -> None:
-    sent = check_bfloat16(settings, accumulate, "bf16-true")
+    sent = check_sixteen_bits(settings, accumulate, "bf16-true")
     if "config" not in settings and "pipeline_parallel_size" not in settings:
         assert sent == {"torch.bfloat16"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [{"zero_stage": 3}, {"zero_stage": 1, "pipeline_parallel_size": 2}], ids=str)
+def test_float16_over_ranks(layout: dict[str, Any]) -> None:
+    check_sixteen_bits({**layout, "config": {"fp16": {"initial_scale_power": 8}}}, 2, "16-true")
+
+
+@pytest.mark.slow
+def test_experts_are_offloaded() -> None:
+    run = functools.partial(train, max_steps=6, config=MODELS["moe"])
+    reference = run_distributed(run, 1, 1, {})[0]
+    settings = {"engine": "deepspeed", "zero_stage": 2, "expert_parallel_size": 2, "offload_optimizer": "cpu"}
+    for rank in run_distributed(run, 2, 2, settings):
+        assert rank["step_losses"] == pytest.approx(reference["step_losses"], abs=1e-5)
+        assert rank["step_norms"] == pytest.approx(reference["step_norms"], rel=1e-5)
 
 
 # -- the JSON --
@@ -262,6 +281,8 @@ def with_everything(folder: Path) -> dict[str, Any]:
             log_every_n_steps=1,
         )
         engine = trainer.strategy.engine
+    with pytest.raises(ConfigurationError, match="gradient_predivide_factor"):  # it says so, and that is passed on
+        fit(LLMModule(SMALL), Forwards(), {"zero_stage": 2, "config": {"gradient_predivide_factor": 2.0}})
     return {
         "out": out.getvalue(),
         "forwards": forwards.forwards,

@@ -176,6 +176,13 @@ def test_what_cannot_work_is_refused_at_once(config: dict[str, Any], reason: str
         LLM3DDeepSpeedStrategy(config=config)
 
 
+@pytest.mark.parametrize("config", [{"wall_clock_breakdown": True}, {"flops_profiler": {"enabled": True}}], ids=str)
+def test_what_a_pipeline_cannot_measure(config: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=next(iter(config))):
+        LLM3DDeepSpeedStrategy(pipeline_parallel_size=2, config=config)
+    LLM3DDeepSpeedStrategy(config=config)
+
+
 def test_what_is_switched_off_is_not_refused() -> None:
     config = {"data_efficiency": {"enabled": False}, "zero_optimization": {"zero_quantized_weights": False, "stage": 1}}
     assert LLM3DDeepSpeedStrategy(config=config).settings.zero_stage == 1
