@@ -342,7 +342,7 @@ def make_strategy(side: str, layout: Layout) -> Strategy:
 
 
 class LightningOnCPU(DeepSpeedStrategy):
-    """Lightning's own strategy without its question for CUDA devices, which comes before anything else that it does."""
+    """Lightning's own strategy without its question for CUDA devices, on processes that are connected already."""
 
     def setup_environment(self) -> None:
         super(DeepSpeedStrategy, self).setup_environment()
