@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_llm import LLMModule
 from tests.distributed import run_distributed
-from tests.strategies.test_parity import EP2, MODELS, PP2, TP2
+from tests.strategies.test_parity import CP2, EP2, MODELS, PP2, TP2
 from tests.strategies.training import (
     SMALL,
     VOCAB,
@@ -93,6 +93,37 @@ def test_a_second_fit_of_one_trainer_resumes_with_optimizer_states(
     anew = run_distributed(fit_on_from_a_checkpoint, world_size, world_size, sizes, tmp_path / "anew", False)
     same = run_distributed(fit_on_from_a_checkpoint, world_size, world_size, sizes, tmp_path / "same", True)
     assert len(anew[0]) == 3 and same == anew
+
+
+def one_after_another(world_size: int, *layouts: dict[str, Any]) -> list[list[float]]:
+    runs = []
+    for sizes in layouts:
+        strategy, recorder = make_strategy(sizes), Recorder()
+        trainer = make_trainer(strategy, world_size, callbacks=[recorder], max_steps=4, limit_val_batches=0)
+        trainer.fit(make_module(MODELS["tied"]), loader(trainer, strategy))
+        runs.append(recorder.losses)
+    return runs
+
+
+@pytest.mark.slow
+def test_trainers_in_one_process_do_not_see_each_other() -> None:
+    """DeepSpeed keeps groups of ranks in global variables."""
+    layouts = [
+        on_deepspeed(0, **PP2),
+        on_deepspeed(3),
+        on_deepspeed(2, **TP2),
+        on_deepspeed(3, replicate_size=4),
+        on_deepspeed(3, **TP2),
+        {**TP2, **PP2},
+        on_deepspeed(1, **CP2),
+        on_deepspeed(1, **TP2, **PP2),
+        on_deepspeed(3, replicate_size=2),
+    ]
+    (expected,) = run_distributed(one_after_another, 1, 1, {})[0]
+    for runs in run_distributed(one_after_another, 4, 4, *layouts):
+        assert len(runs) == len(layouts)
+        for losses in runs:
+            assert losses == pytest.approx(expected, abs=1e-4)
 
 
 class Frozen(LLMModule):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import run_distributed
-from tests.strategies.training import SMALL, on_deepspeed, train
+from tests.strategies.training import SMALL, on_deepspeed, skip_unless_built, train
 
 STEPS = 5
 TP2 = {"tensor_parallel_size": 2}
@@ -94,4 +94,5 @@ def test_muon_is_refused_where_deepspeed_takes_matrices_apart(sizes: dict[str, A
     ],
 )
 def test_moments_in_bfloat16(world_size: int, sizes: dict[str, Any], optimizer: str) -> None:
+    skip_unless_built(sizes)
     compare(world_size, sizes, SMALL, {"optimizer": optimizer, "optimizer_state_dtype": "bfloat16"}, "32-true", 1e-4)

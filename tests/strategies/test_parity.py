@@ -14,7 +14,6 @@ from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
 from lightning_llm import DecoderConfig, LLM3DStrategy
-from lightning_llm.strategies.deepspeed.ops import op_states
 from tests.distributed import full, run_distributed
 from tests.strategies.training import (
     BATCH_SIZE,
@@ -25,6 +24,7 @@ from tests.strategies.training import (
     make_module,
     make_trainer,
     on_deepspeed,
+    skip_unless_built,
     train,
 )
 
@@ -180,11 +180,8 @@ def curve_of_one_process(model: str, clipping: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("row", rows(LAYOUTS, lambda row: row.slow))
 def test_loss_curve_is_that_of_one_process(row: Layout, tmp_path: Path) -> None:
-    strategy = dict(row.strategy)
-    if "nvme" in strategy.values():
-        if {state.op.name: state.state for state in op_states()}["async_io"] not in ("built", "installed"):
-            pytest.skip("DeepSpeed's async_io is not built")
-        strategy["nvme_path"] = tmp_path
+    skip_unless_built(row.strategy)
+    strategy = {**row.strategy, **({"nvme_path": tmp_path} if "nvme" in row.strategy.values() else {})}
     clipping = {"norm": "", "value": "value"}[row.trainer.get("gradient_clip_algorithm", "norm")]
     reference = curve_of_one_process(row.model, "none" if row.trainer == UNCLIPPED else clipping)
     assert reference["losses"][-1] < reference["losses"][0] - 0.2, "the reference must learn"

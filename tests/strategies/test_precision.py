@@ -133,7 +133,6 @@ def test_an_overflow_anywhere_leaves_the_step_out_everywhere(
         assert seen["global_step"] == 12
 
 
-def test_deepspeeds_mixed_precision_needs_masters() -> None:
-    message = "precision='bf16-mixed' with zero_stage=0: DeepSpeed keeps float32 masters"
-    with pytest.raises(AssertionError, match=message):
-        run_distributed(train_in, 1, 1, on_deepspeed(0), "bf16-mixed")
+def test_deepspeeds_16_bits_need_zero() -> None:
+    with pytest.raises(ConfigurationError, match=r"precision='bf16-mixed' with zero_stage=0: .* Set zero_stage=1: the"):
+        make_trainer(make_strategy(on_deepspeed(0)), 1, precision="bf16-mixed")

@@ -18,7 +18,7 @@ from lightning_llm.strategies.deepspeed.zero import Gradients
 from lightning_llm.strategies.precision import LLMPrecision
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_BY_NORM_ALONE = (
+BY_NORM_ALONE = (
     "gradient_clip_algorithm='value': DeepSpeed's engine clips by the norm alone. Use 'norm', or strategy=\"llm3d\"."
 )
 
@@ -28,7 +28,7 @@ class DeepSpeedPrecision(LLMPrecision):
 
     "bf16-mixed" and "bf16-true" (the same here, as in Lightning's own strategy for DeepSpeed): weights, activations and
     gradients in bfloat16, and float32 masters that the optimizer changes. "16-mixed" and "16-true": float16, with
-    DeepSpeed's dynamic loss scale. "32-true". With ZeRO-0, "bf16-true" has no masters outside a pipeline.
+    DeepSpeed's dynamic loss scale. "32-true".
 
     Raises:
         ConfigurationError: Another precision.
@@ -108,7 +108,7 @@ class DeepSpeedPrecision(LLMPrecision):
         Raises:
             ConfigurationError: always.
         """
-        raise ConfigurationError(_BY_NORM_ALONE)
+        raise ConfigurationError(BY_NORM_ALONE)
 
     @property
     def _dynamic_scaler(self) -> Any:
@@ -147,18 +147,3 @@ def step(engine: Any) -> None:
         engine._exec_optimizer_step()
     else:
         engine.step()
-
-
-def check_training(precision: str, zero_stage: int, *, pipelined: bool, clips_by_value: bool) -> None:
-    """Refuses what DeepSpeed's engine would train otherwise than it is called.
-
-    Raises:
-        ConfigurationError: saying what to use instead.
-    """
-    if precision == "bf16-mixed" and zero_stage == 0 and not pipelined:
-        raise ConfigurationError(
-            "precision='bf16-mixed' with zero_stage=0: DeepSpeed keeps float32 masters of bfloat16 weights in the "
-            'optimizers of ZeRO alone. Set zero_stage to 1, precision to "bf16-true", or use strategy="llm3d".'
-        )
-    if clips_by_value:
-        raise ConfigurationError(_BY_NORM_ALONE)

@@ -43,7 +43,7 @@ from lightning_llm.strategies.deepspeed.optimizers import (
     split_experts,
 )
 from lightning_llm.strategies.deepspeed.pipeline import SCHEDULE, EnginePipeline, pipeline_module
-from lightning_llm.strategies.deepspeed.precision import DeepSpeedPrecision, check_training
+from lightning_llm.strategies.deepspeed.precision import BY_NORM_ALONE, DeepSpeedPrecision
 from lightning_llm.strategies.deepspeed.sections import CHOSEN_LATER
 from lightning_llm.strategies.deepspeed.settings import (
     EngineSettings,
@@ -161,14 +161,8 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
 
     def _check(self, trainer: pl.Trainer, datamodule: pl.LightningDataModule | None) -> None:
         super()._check(trainer, datamodule)
-        assert self.dims is not None
-        if trainer.state.fn == TrainerFn.FITTING:
-            check_training(
-                str(self.precision_plugin.precision),
-                self.settings.zero_stage,
-                pipelined=self.dims.pipeline_parallel_size > 1,
-                clips_by_value=trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE,
-            )
+        if trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
+            raise ConfigurationError(BY_NORM_ALONE)
 
     def _resolve_dims(self, *arguments: Any) -> ParallelDims:
         dims = super()._resolve_dims(*arguments)
