@@ -76,6 +76,7 @@ def test_help_lists_every_command_and_an_unknown_one_is_refused() -> None:
     assert refused.returncode == 2 and "no command 'trian'" in refused.stderr
 
 
+@pytest.mark.slow
 def test_from_text_to_text(data: Path, tmp_path: Path) -> None:
     """tokenize, fit on 4 processes, export, generate."""
     again = call("tokenize", "--input", STDLIB / "json", STDLIB / "asyncio", "--output", data, "--vocab-size", 512)
@@ -146,6 +147,7 @@ def curve(folder: Path) -> list[float]:
         pytest.param("llm3d_zero3", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_one_file_gives_one_curve_on_either_engine(data: Path, tmp_path: Path, preset: str) -> None:
     """The same YAML with another name for the strategy: `llm3d` in one process, `preset` in two."""
     config = tmp_path / "run.yaml"

@@ -243,6 +243,7 @@ def script(tmp_path: Path, strategy: str, pages: Path, hold: float = 0.0) -> lis
         pytest.param("ddp", 1, signal.SIGTERM, id="ddp, to the other one", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_the_shell_gets_75(
     tmp_path: Path, pages: Path, start: Any, strategy: str, rank: int, signum: signal.Signals
 ) -> None:

@@ -132,6 +132,7 @@ def check_slow(outcomes: list[Any]) -> None:
     assert "Straggler: rank 1 on " in outcomes[0][1][0]
 
 
+@pytest.mark.slow
 def test_a_rank_that_computes_more_is_found_and_told_once(ranks: list[dict[str, Any]]) -> None:
     check_slow([rank["slow"] for rank in ranks])
 
@@ -149,6 +150,7 @@ def test_so_it_is_in_other_layouts(world_size: int, sizes: dict[str, Any]) -> No
     check_slow(run_distributed(run_with, world_size, [MoreWork(0.1)], sizes, WINDOW + 1))
 
 
+@pytest.mark.slow
 def test_a_rank_that_waits_for_its_data_is_late_not_slow(ranks: list[dict[str, Any]]) -> None:
     found, told, _ = ranks[0]["late"]
     assert SLOW_RANK in found.late and 0 not in found.late
@@ -157,17 +159,20 @@ def test_a_rank_that_waits_for_its_data_is_late_not_slow(ranks: list[dict[str, A
     assert "rank 1 on" in late and "does not compute slowly" in late
 
 
+@pytest.mark.slow
 def test_nobody_is_accused_where_all_do_the_same(ranks: list[dict[str, Any]]) -> None:
     found, told, _ = ranks[0]["same"]
     assert found.slow == {} and found.late == {} and told == []
     assert min(found.scores) > 1 / 1.3
 
 
+@pytest.mark.slow
 def test_who_was_slow_and_is_not_any_more_is_taken_back(ranks: list[dict[str, Any]]) -> None:
     found, told, _ = ranks[0]["slow at first"]
     assert found.slow == {} and len(told) == 1
 
 
+@pytest.mark.slow
 def test_a_straggler_is_evicted_with_the_code_for_a_restart(ranks: list[dict[str, Any]]) -> None:
     assert ranks[0]["evicted"] == ("", 0), "it was the run's last step, which needs no peer any more"
     message, code = ranks[1]["evicted"]

@@ -351,7 +351,7 @@ def watched(folder: Path, corpus: Path) -> tuple[list[float], list[dict[str, Ten
 @pytest.mark.parametrize(
     ("stage", "ranks", "sizes"),
     [
-        pytest.param(2, 1, {}, id="ZeRO 2, one process"),
+        pytest.param(2, 1, {}, id="ZeRO 2, one process", marks=pytest.mark.slow),
         pytest.param(3, 4, THREE_D, id="ZeRO 3, pp2 x tp2", marks=pytest.mark.slow),
         pytest.param(0, 4, THREE_D, id="ZeRO 0, pp2 x tp2", marks=pytest.mark.slow),
     ],

@@ -38,7 +38,7 @@ def drawn_steps(name: str, per_epoch: int, last: int) -> list[int]:
     ("world_size", "options"),
     [
         pytest.param(1, Story(), id="one process"),
-        pytest.param(2, Story(trainer={"accumulate_grad_batches": 2}), id="dp2, accumulation"),
+        pytest.param(2, Story(trainer={"accumulate_grad_batches": 2}), id="dp2, accumulation", marks=slow),
         pytest.param(2, Story(sizes=CP2), id="cp2", marks=slow),
         pytest.param(2, Story(sizes=DEEPSPEED), id="DeepSpeed ZeRO-2"),
         pytest.param(2, Story(sizes=DEEPSPEED | PP2 | {"zero_stage": 1}), id="DeepSpeed pp2", marks=slow),

@@ -68,6 +68,7 @@ def test_data_that_the_model_is_too_small_for_is_refused(data: Path) -> None:
         GPTModule().check(TokenDataModule(data, seq_len=513))
 
 
+@pytest.mark.slow
 def test_help_shows_the_options(root: Path) -> None:
     done = call("python examples/own_model/train.py --help", root)
     assert done.returncode == 0 and "--pipeline-parallel-size" in done.stdout

@@ -130,6 +130,7 @@ def test_a_size_that_does_not_fit_ends_with_one_sentence(root: Path, data: Path,
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_help_shows_the_fields(root: Path) -> None:
     done = call("python examples/transformers_model/train.py fit --help", root)
     assert done.returncode == 0 and "--model.config" in done.stdout

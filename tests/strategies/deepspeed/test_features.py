@@ -172,6 +172,7 @@ def check_sixteen_bits(settings: dict[str, Any], accumulate: int = 1, precision:
     return ranks[0]["sent"]
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_like_the_other_engine() -> None:
     sent = check_sixteen_bits({"zero_stage": 3, "config": {"communication_data_type": "fp32"}}, accumulate=2)
     assert sent == {"torch.float32"}

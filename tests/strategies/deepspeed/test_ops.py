@@ -82,6 +82,7 @@ def test_without_a_compiler_adam_is_left_to_torch_and_nvme_says_what_to_install(
     in_fork(run)
 
 
+@pytest.mark.slow
 def test_deepspeed_starts_without_a_compiler_and_without_its_shared_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,6 +110,7 @@ def test_deepspeed_starts_without_a_compiler_and_without_its_shared_memory(
     assert "WARNING" not in printed and "built" not in printed
 
 
+@pytest.mark.slow
 def test_deepspeeds_adam_is_ours_to_load_and_steps_as_torchs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not is_built("cpu_adam"):
         pytest.skip("cpu_adam is not built: python -m lightning_llm.strategies.deepspeed.ops cpu_adam")
@@ -136,6 +138,7 @@ def test_deepspeeds_adam_is_ours_to_load_and_steps_as_torchs(tmp_path: Path, mon
     in_fork(run)
 
 
+@pytest.mark.slow
 def test_deepspeed_writes_and_reads_files_by_our_async_io(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not is_built("async_io"):
         pytest.skip("async_io is not built: python -m lightning_llm.strategies.deepspeed.ops async_io")

@@ -93,7 +93,8 @@ def test_a_configuration_of_hugging_face_is_taken_as_it_is() -> None:
         "min_loss_scale": 1,
     }
     assert made["bf16"] == {"enabled": True}
-    assert "optimizer" not in made and "scheduler" not in made and "gradient_clipping" not in made
+    assert "optimizer" not in made and "scheduler" not in made
+    assert made["gradient_clipping"] == 0.0  # not DeepSpeed's own default, which clips
     assert told == []  # nothing was said that another decides
 
 
@@ -262,17 +263,19 @@ def test_the_schedule_of_the_json(parameters: list[nn.Parameter]) -> None:
 def test_optimizers_of_whole_matrices(parameters: list[nn.Parameter], recwarn: pytest.WarningsRecorder) -> None:
     for optimizer in (Muon([parameters[0]]), torch.optim.Muon([parameters[0]]), torch.optim.Adafactor(parameters)):
         with pytest.raises(ConfigurationError, match="flat ranges"):
-            check_optimizer(optimizer, 1)
-        check_optimizer(optimizer, 0)
+            check_optimizer(optimizer, 1, 1)
+        with pytest.raises(ConfigurationError, match="tensor_parallel_size to 1"):
+            check_optimizer(optimizer, 0, 2)
+        check_optimizer(optimizer, 0, 1)
     for optimizer in (torch.optim.AdamW(parameters), torch.optim.SGD(parameters), CastingAdamW(parameters)):
-        check_optimizer(optimizer, 3)
+        check_optimizer(optimizer, 3, 2)
     assert not recwarn.list
 
     class Lamb(torch.optim.Optimizer):
         pass
 
     with pytest.warns(UserWarning, match="flat ranges"):
-        check_optimizer(Lamb(parameters, {}), 3)
+        check_optimizer(Lamb(parameters, {}), 3, 1)
 
 
 # -- the loss scale --

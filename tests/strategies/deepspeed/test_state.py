@@ -109,6 +109,7 @@ def train_and_save(world_size: int, settings: dict[str, Any], path: Path) -> lis
     return train(world_size, settings, [SaveInForeground(3, path)])
 
 
+@pytest.mark.slow
 def test_what_was_trained_is_exported_like_any_other(tmp_path: Path) -> None:
     run_distributed(train_and_save, 2, 2, {"zero_stage": 3}, tmp_path / "step")
     export(tmp_path / "step", tmp_path / "model")
