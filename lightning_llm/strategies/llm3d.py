@@ -7,12 +7,11 @@ each axis is a file of its own.
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Literal
 
 import lightning.pytorch as pl
-import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
@@ -139,12 +138,6 @@ class LLM3DStrategy(ParallelSteps):
 
     # -- the model --
 
-    @contextmanager
-    def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
-        """`trainer.init_module(empty_init=True)` builds on the meta device: weights come after everything is cut."""
-        with torch.device("meta") if empty_init else nullcontext(), self.precision_plugin.tensor_init_context():
-            yield
-
     def setup(self, trainer: pl.Trainer) -> None:
         """Parallelises the model, makes the optimizers, and fits the loops to a pipeline."""
         assert self.accelerator is not None and self.lightning_module is not None
@@ -236,12 +229,6 @@ class LLM3DStrategy(ParallelSteps):
         set_accumulation(self.parts.roots, self.layout.zero_stage, last=last)
 
     # -- optimization --
-
-    @property
-    def _decoder(self) -> nn.Module:
-        model = getattr(self.lightning_module, "model", None)
-        assert isinstance(model, nn.Module)
-        return model
 
     @property
     def precision_plugin(self) -> LLMPrecision:

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -72,6 +73,18 @@ class ParallelSteps(ShardedState):
             loop.inference_mode = False
 
     # -- the model --
+
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
+        """`trainer.init_module(empty_init=True)` builds on the meta device: weights come after everything is cut."""
+        with torch.device("meta") if empty_init else nullcontext(), self.precision_plugin.tensor_init_context():
+            yield
+
+    @property
+    def _decoder(self) -> nn.Module:
+        model = getattr(self.lightning_module, "model", None)
+        assert isinstance(model, nn.Module)
+        return model
 
     def _copy_from_rank_zero(self, model: nn.Module) -> None:
         if self.world_size > 1:

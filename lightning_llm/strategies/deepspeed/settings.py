@@ -217,6 +217,21 @@ def check_by_deepspeed(config: dict[str, Any], mpu: Any) -> None:
         raise ConfigurationError(f"DeepSpeed does not take its configuration: {error}") from None
 
 
+def configure_checkpointing(section: Mapping[str, Any], mpu: Any) -> None:
+    """Tells `deepspeed.checkpointing.checkpoint()`, which a user's model may call, of `activation_checkpointing`."""
+    import deepspeed
+
+    deepspeed.checkpointing.configure(
+        mpu_=mpu,
+        partition_activations=section.get("partition_activations"),
+        contiguous_checkpointing=section.get("contiguous_memory_optimization"),
+        num_checkpoints=section.get("number_checkpoints"),
+        checkpoint_in_cpu=section.get("cpu_checkpointing"),
+        synchronize=section.get("synchronize_checkpoint_boundary"),
+        profile=section.get("profile"),
+    )
+
+
 def merge(base: Mapping[str, Any], over: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], list[str]]:
     """`base` with `over` laid on it, and a line for each value that was another one."""
     merged, changes = copy.deepcopy(dict(base)), []

@@ -6,8 +6,7 @@ pipeline.py runs stages, precision.py and zero.py step, state.py is what checkpo
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +49,7 @@ from lightning_llm.strategies.deepspeed.settings import (
     OffloadDevice,
     check_by_deepspeed,
     check_engine,
+    configure_checkpointing,
     engine_config,
 )
 from lightning_llm.strategies.deepspeed.state import EngineState
@@ -158,6 +158,7 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
         self._cut: Cut | None = None
         self._cut_module: pl.LightningModule | None = None
         self._grid: Grid | None = None
+        self._told = False  # of what the user's configuration does not decide
 
     def _check(self, trainer: pl.Trainer, datamodule: pl.LightningDataModule | None) -> None:
         super()._check(trainer, datamodule)
@@ -170,12 +171,6 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
         return dims
 
     # -- the model --
-
-    @contextmanager
-    def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
-        """`trainer.init_module(empty_init=True)` builds on the meta device: weights come after everything is cut."""
-        with torch.device("meta") if empty_init else nullcontext(), self.precision_plugin.tensor_init_context():
-            yield
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Cuts the model, makes optimizers and engine, and fits the loops to them."""
@@ -332,8 +327,6 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
         self._told = True
         return config
 
-    _told = False
-
     def _start_engine(self, optimizer: Optimizer | None) -> None:
         import deepspeed
 
@@ -345,15 +338,7 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
         module = self.lightning_module
         model: Any = module
         if section := self.settings.config.get("activation_checkpointing"):
-            deepspeed.checkpointing.configure(
-                mpu_=self._grid,
-                partition_activations=section.get("partition_activations"),
-                contiguous_checkpointing=section.get("contiguous_memory_optimization"),
-                num_checkpoints=section.get("number_checkpoints"),
-                checkpoint_in_cpu=section.get("cpu_checkpointing"),
-                synchronize=section.get("synchronize_checkpoint_boundary"),
-                profile=section.get("profile"),
-            )
+            configure_checkpointing(section, self._grid)
         if self._is_pipelined:
             with printed_for_debugging():
                 model = pipeline_module(self._decoder, self.meshes, self._tied_across_stages())
@@ -417,12 +402,6 @@ class LLM3DDeepSpeedStrategy(ParallelSteps):
     @property
     def _pipelined_loss_scale(self) -> float:
         return 1.0  # the engine scales
-
-    @property
-    def _decoder(self) -> nn.Module:
-        model = getattr(self.lightning_module, "model", None)
-        assert isinstance(model, nn.Module)
-        return model
 
     @property
     def precision_plugin(self) -> DeepSpeedPrecision:
