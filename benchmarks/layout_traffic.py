@@ -19,7 +19,7 @@ from least_traffic import Term, Work, least_traffic
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 from traffic import Sent, count_traffic, profile_calls, socket_bytes
-from train_overhead import TokenRows
+from training_job import TokenRows
 
 from lightning_llm import DecoderConfig, LLM3DStrategy, LLMModule
 

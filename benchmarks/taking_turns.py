@@ -1,4 +1,4 @@
-"""What the sections of serve.py share: sides that take turns, ratios of neighbours, and tables."""
+"""What benchmarks share: sides that take turns, ratios of neighbours, and tables."""
 
 from __future__ import annotations
 

@@ -32,18 +32,17 @@ import torch
 import torch.distributed as dist
 from bare_loop import BareLoop, Recipe
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import CSVLogger
 from profiling import Profiles, print_profile
 from ranks import run_on_ranks
+from taking_turns import ratios, spread
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from training_job import Job
 
-from lightning_llm import DecoderConfig, LLM3DStrategy, LLMModule
+from lightning_llm import DecoderConfig, LLM3DStrategy
 
 # Layouts and their sequences per step, which make a step of the default model about one second long on two free cores.
 DEFAULT_LAYOUTS = ("1:28", "tp2:32", "pp2:40", "dp2-tp2:32", "dp2-tp2-pp2:16")
 ACCEPTED_RATIO = 1.10
-TOLERANCE = 1e-4  # of losses, nats per token; and of gradient norms, relative
 
 
 @dataclass(frozen=True)
@@ -73,42 +72,6 @@ class Layout:
     def world_size(self) -> int:
         """Processes."""
         return self.pipeline * self.data * self.tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What every rank is told."""
-
-    layout: Layout
-    config: DecoderConfig
-    seq_len: int
-    steps: int
-    warmup: int
-    threads: int
-    folder: str
-    profile: bool
-    recipe: Recipe
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of each side; under the profiler one more, in which collectives are counted."""
-        return self.warmup + self.steps + self.profile
-
-
-class TokenRows(Dataset):
-    """Predictable rows of tokens in memory, so that neither side waits for a disk. Every label counts."""
-
-    def __init__(self, rows: int, seq_len: int, vocab_size: int) -> None:
-        generator = torch.Generator().manual_seed(7)
-        start = torch.randint(0, vocab_size, (rows, 1), generator=generator)
-        stride = torch.randint(1, 5, (rows, 1), generator=generator)
-        self.tokens = (start + torch.arange(seq_len + 1) * stride) % vocab_size
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.tokens[index, :-1], "labels": self.tokens[index, 1:]}
 
 
 class TakingTurns(Callback):
@@ -160,48 +123,22 @@ class TakingTurns(Callback):
         self.norms[side].append(float(norm))
 
 
-def measure(job: Job) -> dict[str, Any]:
+def measure(job: Job[Layout]) -> dict[str, Any]:
     """Both sides on this rank; what it saw, in plain data."""
     torch.set_num_threads(job.threads)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    layout, recipe = job.layout, job.recipe
+    layout = job.layout
     sizes = (layout.pipeline, layout.data, layout.tensor)
     data_rank = dist.get_rank() // layout.tensor % layout.data
-
-    def loader() -> DataLoader:
-        rows = TokenRows(layout.batch_size * (job.total_steps + 1), job.seq_len, job.config.vocab_size)
-        sampler: DistributedSampler = DistributedSampler(rows, num_replicas=layout.data, rank=data_rank, shuffle=False)
-        return DataLoader(rows, batch_size=layout.batch_size // layout.data, sampler=sampler)
-
     profiles = Profiles(("bare", "trainer"), first=job.warmup, last=job.warmup + job.steps) if job.profile else None
-    turns = TakingTurns(BareLoop(job.config, sizes, recipe, loader()), profiles)
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=layout.world_size,
-        strategy=LLM3DStrategy(
-            data_parallel_size=layout.data,
-            tensor_parallel_size=layout.tensor,
-            pipeline_parallel_size=layout.pipeline,
-        ),
-        max_steps=job.total_steps,
-        gradient_clip_val=recipe.max_norm,
-        callbacks=[turns],
-        logger=CSVLogger(job.folder, name=layout.name),
-        use_distributed_sampler=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+    turns = TakingTurns(BareLoop(job.config, sizes, job.recipe, job.loader(data_rank)), profiles)
+    strategy = LLM3DStrategy(
+        data_parallel_size=layout.data,
+        tensor_parallel_size=layout.tensor,
+        pipeline_parallel_size=layout.pipeline,
     )
-    module = LLMModule(
-        job.config,
-        learning_rate=recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
-        betas=recipe.betas,
-        schedule="constant",
-        warmup_steps=recipe.warmup_steps,
-    )
-    trainer.fit(module, loader())
+    job.trainer(strategy, turns, layout.name).fit(job.module(), job.loader(data_rank))
     return {
         "seconds": turns.seconds,
         "losses": turns.losses,
@@ -210,49 +147,32 @@ def measure(job: Job) -> dict[str, Any]:
     }
 
 
-def summarize(job: Job, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize(job: Job[Layout], ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """One layout's row: times of the slowest rank, CPU time of all ranks, ratios of neighbouring steps.
 
     Raises:
         RuntimeError: The two sides did not compute the same.
     """
-    check_equal_work(job, ranks)
-    timed = slice(job.warmup, job.warmup + job.steps)
+    # The bare loop's loss stays where it was made; the Trainer shows the same one to all ranks.
+    by_step = zip(*(rank["losses"]["bare"] for rank in ranks), strict=True)
+    job.check_equal_work(
+        {
+            "bare": [statistics.fmean(loss for loss in step if loss is not None) for step in by_step],
+            "trainer": ranks[0]["losses"]["trainer"],
+        },
+        ranks[0]["norms"],
+    )
     wall, cpu = {}, {}
     for side in ("bare", "trainer"):
-        by_step = list(zip(*(rank["seconds"][side] for rank in ranks), strict=True))[timed]
-        wall[side] = [max(seconds for seconds, _ in step) for step in by_step]
-        cpu[side] = [sum(seconds for _, seconds in step) for step in by_step]
+        wall[side], cpu[side] = job.step_times([rank["seconds"][side] for rank in ranks])
     return {
         "layout": asdict(job.layout),
-        "ratio": spread([a / b for a, b in zip(wall["trainer"], wall["bare"], strict=True)]),
-        "cpu_ratio": spread([a / b for a, b in zip(cpu["trainer"], cpu["bare"], strict=True)]),
+        "ratio": ratios(wall["trainer"], wall["bare"]),
+        "cpu_ratio": ratios(cpu["trainer"], cpu["bare"]),
         "bare_seconds": spread(wall["bare"]),
         "trainer_seconds": spread(wall["trainer"]),
         "steps": {f"{side}_{kind}": values[side] for kind, values in (("wall", wall), ("cpu", cpu)) for side in values},
     }
-
-
-def check_equal_work(job: Job, ranks: list[dict[str, Any]]) -> None:
-    """Refuses to compare sides whose losses or gradient norms differ at any step, warm-up included."""
-    for step in range(job.total_steps):
-        # The bare loop's loss stays where it was made; the Trainer shows the same one to all ranks.
-        parts = [rank["losses"]["bare"][step] for rank in ranks if rank["losses"]["bare"][step] is not None]
-        bare, ours = statistics.fmean(parts), ranks[0]["losses"]["trainer"][step]
-        if not abs(bare - ours) <= TOLERANCE:
-            raise RuntimeError(
-                f"{job.layout.name}, step {step}: loss {ours} under the Trainer, {bare} in the bare loop"
-            )
-        bare, ours = ranks[0]["norms"]["bare"][step], ranks[0]["norms"]["trainer"][step]
-        if not abs(bare - ours) <= TOLERANCE * max(1.0, bare):
-            raise RuntimeError(
-                f"{job.layout.name}, step {step}: norm {ours} under the Trainer, {bare} in the bare loop"
-            )
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Smallest, middle and largest."""
-    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
 HEADER = (

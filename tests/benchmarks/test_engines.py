@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 from bare_loop import Recipe
-from engines import LAYOUTS, SIDES, Job, Layout, Turns, summarize
+from engine_sides import LAYOUTS, SIDES, Layout, Turns
+from engines import summarize
 from ranks import run_groups
+from training_job import Job
 
 from lightning_llm import DecoderConfig
 
@@ -20,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 ROUNDS = 3
 
 
-def job(layout: str, steps: int) -> Job:
+def job(layout: str, steps: int) -> Job[Layout]:
     return Job(
         layout=LAYOUTS[layout],
         config=DecoderConfig.preset("tiny"),
