@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from multiprocessing import resource_tracker
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -31,6 +32,7 @@ class Ranks:
         self._logs = logs
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([PRELOAD])
+        _start_tracker()
         self._processes: dict[int, ForkServerProcess] = {}
 
     def start(self, environments: Mapping[int, Mapping[str, str]], attempt: int) -> None:
@@ -89,3 +91,14 @@ class Ranks:
         self._processes.clear()
         for report in self._folder.glob("failure-rank*.json"):
             report.unlink(missing_ok=True)
+
+
+def _start_tracker() -> None:
+    """Starts what removes the semaphores of ranks that were killed, and has it do so without a warning."""
+    before = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (before, "ignore:resource_tracker:UserWarning")))
+    resource_tracker.ensure_running()
+    if before is None:
+        del os.environ["PYTHONWARNINGS"]
+    else:
+        os.environ["PYTHONWARNINGS"] = before
