@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import signal
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
+from lightning_llm.errors import EndOfRunError
 from lightning_llm.strategies.launcher import ProcessLauncher
+
+log = logging.getLogger(__name__)
 
 
 def dump_checkpoint(trainer: pl.Trainer, weights_only: bool) -> dict[str, Any]:
@@ -58,6 +62,14 @@ def release_children(trainer: pl.Trainer) -> None:
     launcher = trainer.strategy.launcher
     if isinstance(launcher, _SubprocessScriptLauncher) and not isinstance(launcher, ProcessLauncher):
         launcher.procs.clear()  # the list that the observer looks at
+
+
+def end_run(trainer: pl.Trainer, error: EndOfRunError, level: int = logging.ERROR) -> NoReturn:
+    """Says once why the run ends, and ends it, on all ranks alike."""
+    if trainer.is_global_zero:
+        log.log(level, error.message)
+    release_children(trainer)
+    raise error
 
 
 def kill_children(trainer: pl.Trainer) -> None:
