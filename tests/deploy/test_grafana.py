@@ -11,19 +11,11 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from tests.deploy.observability import DEPLOY, metrics_in
 from tests.resilience.exposition import full_status, names_of
+from tests.structures import lost
 
 
 def dashboard() -> dict[str, Any]:
     return json.loads((DEPLOY / "grafana" / "training.json").read_text())
-
-
-def lost(given: Any, kept: Any, path: str = "") -> list[str]:
-    """Where a part of what was given is not, or otherwise, in what was kept."""
-    if isinstance(given, dict) and isinstance(kept, dict):
-        return [place for name, part in given.items() for place in lost(part, kept.get(name), f"{path}.{name}")]
-    if isinstance(given, list) and isinstance(kept, list) and len(given) == len(kept):
-        return [place for n, pair in enumerate(zip(given, kept, strict=True)) for place in lost(*pair, f"{path}[{n}]")]
-    return [] if given == kept else [path]
 
 
 def test_grafanas_types_know_every_field() -> None:
