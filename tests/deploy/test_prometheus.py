@@ -78,7 +78,8 @@ def test_in_a_cluster_the_pods_of_a_run_are_found_and_others_are_not(tmp_path: P
     configuration["rule_files"] = []
     (tmp_path / "kubernetes.yaml").write_text(yaml.safe_dump(configuration))
     checked("promtool", "check", "config", tmp_path / "kubernetes.yaml")
-    told = checked("promtool", "check", "service-discovery", tmp_path / "kubernetes.yaml", scrape["job_name"])
+    discovery = "promtool", "check", "service-discovery", "--timeout=2s"
+    told = checked(*discovery, tmp_path / "kubernetes.yaml", scrape["job_name"])
     kept = [found["labels"] for found in json.loads(told) if found["labels"]]
     [labels] = kept
     assert labels["__address__"] == "10.0.0.7:9400"
