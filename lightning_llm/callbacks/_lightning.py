@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from torch import Tensor
 
 from lightning_llm.errors import EndOfRunError
 from lightning_llm.strategies.launcher import ProcessLauncher
@@ -29,6 +30,14 @@ def checkpoint_folder(callback: ModelCheckpoint, trainer: pl.Trainer) -> str:
 def log_step(trainer: pl.Trainer) -> None:
     """Gives the loggers this step's metrics, as the loop does behind the hook `on_train_batch_end`."""
     trainer._logger_connector.update_train_step_metrics()
+
+
+def metrics_of_last_batch(trainer: pl.Trainer) -> dict[str, Tensor]:
+    """What `self.log` was given until the batch before this one, as it is, on its device; not to be changed.
+
+    `trainer.callback_metrics` would also turn what the progress bar shows into numbers, for which the host waits.
+    """
+    return trainer._logger_connector._callback_metrics
 
 
 def run_last(callback: Callback, trainer: pl.Trainer) -> None:

@@ -95,6 +95,10 @@ class Options:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs what the command line says; returns the exit code."""
+    if arguments[:1] == ["kubernetes"]:
+        from lightning_llm.launch import kubernetes
+
+        return kubernetes.main(arguments[1:])
     own, program = _divide(list(arguments))
     options = Options(**parse_arguments(Options, own, "launch"))
     if not program:
