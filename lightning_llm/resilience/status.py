@@ -72,6 +72,11 @@ class Status:
         self._told_by: tuple[int, int] | None = None  # rank and process
         self._checkpoint: tuple[int, float] | None = None  # its step, and when it was committed, by our clock
 
+    @property
+    def checkpoint_step(self) -> int:
+        """Of the newest checkpoint that was committed while this listened; 0 if none was."""
+        return self._checkpoint[0] if self._checkpoint is not None else 0
+
     def count(self, verdict: Verdict) -> None:
         """A verdict that is new."""
         self._counts[verdict.cause] += 1
