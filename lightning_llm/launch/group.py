@@ -248,7 +248,9 @@ class Group:
 
     @property
     def broken(self) -> bool:
-        """Whether any node has reported a failure."""
+        """Whether any other node has reported a failure."""
+        if self.nodes == 1:
+            return False
         with _reachable():
             return self.store.check(["decider"])
 

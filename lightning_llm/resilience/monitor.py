@@ -31,6 +31,7 @@ from lightning_llm.resilience.status import Status, serve
 from lightning_llm.resilience.watch import ALIVE_TIMEOUT, Verdict, Watch
 
 VERDICTS = "verdicts.jsonl"
+ASLEEP = 2.0  # seconds between two looks, more than planned, after which the monitor was suspended itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,7 @@ class Monitor:
         self._socket.setblocking(False)
         self._waiting = selectors.DefaultSelector()
         self._waiting.register(self._socket, selectors.EVENT_READ)
+        self._looked = time.monotonic()
         self._server: ThreadingHTTPServer | None = None
         self._serve()
 
@@ -93,10 +95,11 @@ class Monitor:
             self.turn(self.settings.check_every)
 
     def turn(self, seconds: float) -> None:
-        """Waits for beats, for so long at most, and looks at what is known."""
+        """Waits for beats, for so long at most, and looks at what is known when it is time."""
         self._waiting.select(seconds)
         self._hear()
-        self._look()
+        if time.monotonic() >= self._looked + self.settings.check_every:
+            self._look()
 
     def start_over(self, ranks: int) -> None:
         """Forgets the ranks: others will take their places."""
@@ -137,6 +140,12 @@ class Monitor:
             _say(str(error))
 
     def _look(self) -> None:
+        now = time.monotonic()
+        if (
+            now - self._looked > self.settings.check_every + ASLEEP
+        ):  # the whole node was suspended, or a debugger has us
+            self.watch.forgive(now - self._looked)
+        self._looked = now
         processes = {number: state for number, rank in self.watch.ranks.items() if (state := process_state(rank.pid))}
         verdicts = self.watch.judge(time.monotonic(), processes)
         if self._launched:

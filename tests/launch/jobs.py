@@ -35,6 +35,7 @@ class Job:
     sizes: dict[str, Any] = field(default_factory=dict)
     fault: dict[str, Any] = field(default_factory=dict)
     heartbeat: dict[str, Any] = field(default_factory=dict)
+    saving: dict[str, Any] = field(default_factory=dict)
     max_steps: int = STEPS
     save_every: int = 4
     port: int = 0
@@ -59,6 +60,7 @@ class Job:
                     "save_top_k": 2,
                     "monitor": "step",
                     "mode": "max",
+                    **self.saving,
                 },
             ),
         ]

@@ -22,7 +22,8 @@ PHASES = [("init", 0), ("first step", 0), ("train", 5), ("validate", 6), ("check
 def test_a_killed_rank_is_replaced_and_the_curve_is_that_of_a_run_in_which_nothing_happened(
     job: Callable[..., Job], undisturbed: Callable[..., dict[int, float]]
 ) -> None:
-    made = job(fault={"kind": "kill", "phase": "train", "rank": 1, "step": 6})
+    # In the foreground, so that the checkpoint of step 4 is there for certain.
+    made = job(fault={"kind": "kill", "phase": "train", "rank": 1, "step": 6}, saving={"background": False})
     assert made.run() == 0, made.said
     assert "rank 1 on" in made.said and "killed by SIGKILL; starting again" in made.said
     assert {event["attempt"] for event in made.events("start")} == {0, 1}
@@ -91,7 +92,8 @@ def test_the_same_error_twice_ends_the_run_with_93(job: Callable[..., Job]) -> N
 
 @pytest.mark.slow
 def test_restarts_that_get_no_further_end_the_run(job: Callable[..., Job]) -> None:
-    made = job(fault={"kind": "kill", "phase": "train", "rank": 0, "step": 6, "again": True})
+    fault = {"kind": "kill", "phase": "train", "rank": 0, "step": 6, "again": True}
+    made = job(fault=fault, saving={"background": False})
     assert made.run() == 93, made.said
     assert "3 restarts have got no further than step 4" in made.said
 
