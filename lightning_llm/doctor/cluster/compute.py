@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+import re
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -18,7 +20,7 @@ from lightning_llm.doctor.machine import cpu_name_and_flags
 from lightning_llm.errors import ConfigurationError
 
 CHUNK = 256 * 2**20  # bytes of memory that are written at a time
-MIXER = 0x9E3779B97F4A7C15 - 2**64  # odd, so that no two words of a pattern are equal; its bits are even and odd alike
+MIXER = 0x9E3779B97F4A7C15 - 2**64  # odd, so that no two words of a pattern are equal, and their bits look random
 
 
 def describe(rank: Rank) -> list[Device]:
@@ -57,8 +59,8 @@ def versions(device: torch.device) -> dict[str, str]:
         if torch.distributed.is_nccl_available():
             found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
         driver = Path("/proc/driver/nvidia/version")
-        if driver.is_file():
-            found["driver"] = " ".join(driver.read_text().split("\n")[0].split())
+        if driver.is_file() and (number := re.search(r"\d+\.\d+(\.\d+)?", driver.read_text())):
+            found["driver"] = number[0]
     return found
 
 
@@ -118,37 +120,51 @@ def _time_products(rank: Rank, matrix: Tensor, out: Tensor, products: int) -> tu
 
 
 def check_memory(rank: Rank) -> list[Memory]:
-    """Writes a pattern in which every word is another, reads it back, and the same with every bit turned."""
+    """Writes a pattern in which every word is another, reads it back, then the same with every bit turned."""
     sharers = sum(peer.unit == rank.own.unit for peer in rank.peers)
     goal = int(free_memory(rank.device) * rank.settings.memory_share / sharers)
-    words = max(1, min(CHUNK, goal) // 8)
-    # All is written before anything is read: what is read at once may come from a cache. Reading takes about as long.
-    until = time.monotonic() + rank.settings.memory_seconds / 3
     rank.barrier("free")  # nobody has written before all have looked how much is free
     rank.tell("checking its memory")
-    scratch = torch.empty(words, dtype=torch.int64, device=rank.device)
+    chunks = write(rank.device, goal, rank.settings.memory_seconds / 4)  # what follows takes about three times as long
+    wrong = wrong_words(chunks, turned=False)
+    for number, chunk in enumerate(chunks):
+        fill(chunk, number).bitwise_not_()
+    wrong += wrong_words(chunks, turned=True)
+    return [Memory(rank=rank.rank, checked=sum(chunk.nbytes for chunk in chunks), wrong=wrong)]
+
+
+def write(device: torch.device, goal: int, seconds: float) -> list[Tensor]:
+    """Takes memory in chunks and fills them, as far as there is time; one chunk's room is left to read them back.
+
+    All is written before anything is read: what is read at once may come from a cache.
+    """
+    words = max(1, min(CHUNK, goal // 2) // 8)
+    until = time.monotonic() + seconds
     chunks: list[Tensor] = []
-    while (len(chunks) + 2) * words * 8 <= goal and time.monotonic() < until or not chunks:
-        chunk = torch.empty(words, dtype=torch.int64, device=rank.device)
-        chunks.append(_pattern(len(chunks), chunk))
-        rank.synchronize()
+    while not chunks or (len(chunks) + 2) * words * 8 <= goal and time.monotonic() < until:
+        chunks.append(fill(torch.empty(words, dtype=torch.int64, device=device), len(chunks)))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return chunks
+
+
+def fill(chunk: Tensor, number: int) -> Tensor:
+    """Writes what only this place in it, and no chunk of another number, holds."""
+    torch.arange(number * chunk.numel(), (number + 1) * chunk.numel(), out=chunk)
+    return chunk.mul_(MIXER)
+
+
+def wrong_words(chunks: Sequence[Tensor], *, turned: bool) -> int:
+    """How many words are not as `fill` wrote them, or the same with every bit turned."""
+    expected = torch.empty_like(chunks[0])
     wrong = 0
-    for turned in (False, True):
-        for number, chunk in enumerate(chunks):
-            _pattern(number, scratch)
-            if turned:
-                chunk.bitwise_not_()
-                scratch.bitwise_not_()
-            rank.synchronize()
-            if not torch.equal(chunk, scratch):
-                wrong += int((chunk != scratch).sum())
-    return [Memory(rank=rank.rank, checked=len(chunks) * words * 8, wrong=wrong)]
-
-
-def _pattern(number: int, out: Tensor) -> Tensor:
-    """Fills a chunk with what only this place in it, and no other chunk, holds."""
-    torch.arange(number * out.numel(), (number + 1) * out.numel(), out=out)
-    return out.mul_(MIXER)
+    for number, chunk in enumerate(chunks):
+        fill(expected, number)
+        if turned:
+            expected.bitwise_not_()
+        if not torch.equal(chunk, expected):
+            wrong += int((chunk != expected).sum())
+    return wrong
 
 
 def free_memory(device: torch.device) -> int:

@@ -66,7 +66,11 @@ def run(member: Member, settings: ClusterSettings, as_json: bool) -> int:
     rank = Rank(member.rank, member.world_size, member.local_rank, another_connection(store), settings)
     thread = worker.start(rank)
     try:
-        code = attend(store, member, host) if member.rank else _supervise(store, member, host, settings, as_json)
+        code = (
+            attend(store, member, host, settings.join_timeout)
+            if member.rank
+            else _supervise(store, member, host, settings, as_json)
+        )
     except EndOfRunError as error:
         print(f"lightning-llm doctor: {error}", file=sys.stderr)
         code = error.EXIT_CODE

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 from lightning_llm._disk import sync
@@ -13,7 +14,7 @@ from lightning_llm.doctor.cluster.measurements import Disk
 from lightning_llm.doctor.cluster.rank import Rank
 
 BLOCK = 16 * 2**20
-PATIENCE = 10.0  # seconds until a network file system shows another host's file
+PATIENCE = 5.0  # seconds until a network file system shows another host's file
 
 
 def check_disk(rank: Rank) -> list[Disk]:
@@ -28,7 +29,7 @@ def check_disk(rank: Rank) -> list[Disk]:
         found = Disk(rank=rank.rank, path=str(folder.absolute()), error=str(error))
     finally:
         shared = _is_shared(rank, own)
-    return [Disk(**{**vars(found), "shared": shared})]
+    return [found if found.error else replace(found, shared=shared)]
 
 
 def _write_and_read(rank: Rank, folder: Path, file: Path) -> Disk:

@@ -1,4 +1,4 @@
-"""Who is there and what is next. `Supervisor` runs on rank 0, `attend` on the others, each in the main thread.
+"""Who is there and what is next. `Supervisor` runs on rank 0, `attend` on the others.
 
 Every process counts a beat in the store; whose does not change is stopped or gone, whatever the others wait for.
 """
@@ -6,9 +6,11 @@ Every process counts a beat in the store; whose does not change is stopped or go
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
+from queue import Empty, Queue
 from typing import Any
 
 import torch.distributed as dist
@@ -52,25 +54,46 @@ def interval(world_size: int) -> float:
     return max(0.1, world_size / 1000)
 
 
-def attend(store: dist.Store, member: Member, host: str) -> int:
+def attend(store: dist.Store, member: Member, host: str, join_timeout: float) -> int:
     """Beats until rank 0 says that it is over; returns the exit code that it says.
 
     Raises:
-        EndOfRunError: Rank 0 is gone or does not beat.
+        EndOfRunError: Rank 0 is gone or does not answer.
     """
-    watch = Watch(store)
+    signs: Queue[int | dist.DistError | None] = Queue()
+    # A thread, since a store that is stopped with its process never answers, whatever time limit it is given.
+    threading.Thread(target=_listen, args=(store, member, host, signs), daemon=True).start()
+    limit = join_timeout
+    while True:
+        try:
+            sign = signs.get(timeout=limit)
+        except Empty:
+            raise EndOfRunError(
+                f"rank {member.rank} on {host}: rank 0 ({member.address}) has not answered for {limit:g} seconds."
+            ) from None
+        if isinstance(sign, dist.DistError):
+            raise EndOfRunError(f"rank {member.rank} on {host}: rank 0 is gone, and this ends with it.")
+        if sign is not None:
+            return sign
+        limit = SILENCE
+
+
+def _listen(store: dist.Store, member: Member, host: str, signs: Queue[int | dist.DistError | None]) -> None:
+    """Beats; passes on that rank 0 does too, and the exit code when it has said one."""
+    beat = 0
     try:
         store.set(f"came/{member.rank}", host)
         while not store.check([END]):
             store.add(f"beat/{member.rank}", 1)
-            if watch.silent([0]):
-                raise EndOfRunError(f"rank {member.rank} on {host}: rank 0 has not answered for {SILENCE:g} seconds.")
+            if (now := store.add("beat/0", 0)) != beat:
+                beat = now
+                signs.put(None)
             time.sleep(interval(member.world_size))
         code = int(store.get(END))
         store.add("left", 1)
-        return code
-    except dist.DistError:
-        raise EndOfRunError(f"rank {member.rank} on {host}: rank 0 is gone, and this ends with it.") from None
+        signs.put(code)
+    except dist.DistError as error:
+        signs.put(error)
 
 
 class Watch:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -48,8 +49,9 @@ def work(rank: Rank) -> None:
         try:
             results = [asdict(one) for one in CHECKS[check](rank)]
         except Exception as error:  # whatever a sick device or network raises is what was asked for
-            rank.store.set(f"failed/{rank.order}/{rank.rank}", f"{type(error).__name__}: {_first_line(error)}")
-            rank.store.set(f"failed/{rank.order}", "")
+            with suppress(dist.DistError):  # rank 0 is gone, which another thread tells
+                rank.store.set(f"failed/{rank.order}/{rank.rank}", f"{type(error).__name__}: {_first_line(error)}")
+                rank.store.set(f"failed/{rank.order}", "")
             return
         rank.store.set(f"done/{rank.order}/{rank.rank}", json.dumps(results))
         rank.order += 1
