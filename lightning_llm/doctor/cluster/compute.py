@@ -6,7 +6,8 @@ import platform
 import re
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -77,34 +78,41 @@ def multiply(rank: Rank) -> list[Compute]:
     values = torch.arange(size * size, device=rank.device).remainder_(7).sub_(3).view(size, size)
     matrix = values.to(dtype)
     out = torch.empty_like(matrix)
-    reduced = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
-    # Parts of a sum in bfloat16 would be rounded as the kernel happens to split it.
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    try:
-        rank.tell("computing its first product")
-        seconds, digests, shares = [], [], []
-        with torch.no_grad(), rank.in_turn(0):
+    rank.tell("computing its first product")
+    seconds, digests, shares = [], [], []
+    with torch.no_grad(), _exact_sums():
+        with rank.in_turn(0):
             _time_products(rank, matrix, out, 1)
             products = max(1, round(least / _time_products(rank, matrix, out, 1)[0]))
         for number in range(rank.settings.rounds):
-            with torch.no_grad(), rank.in_turn(number + 1):
+            with rank.in_turn(number + 1):
                 taken, share = _time_products(rank, matrix, out, products)
                 seconds.append(taken)
                 shares.append(share)
                 digests.append(int(out.view(torch.int16 if cuda else torch.int32).sum(dtype=torch.int64)))
-    finally:
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = reduced
     own = None if cuda or torch.get_num_threads() > 1 else sorted(shares)[len(shares) // 2]
     return [
         Compute(
             rank=rank.rank,
             dtype=str(dtype).removeprefix("torch."),
             flops=2.0 * size**3,
-            seconds=seconds,
+            seconds=[seconds],
             digests=digests,
             processor_share=own,
         )
     ]
+
+
+@contextmanager
+def _exact_sums() -> Iterator[None]:
+    """Lets no kernel round the parts that it splits a sum into: how it splits differs from device to device."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction = before
 
 
 def _time_products(rank: Rank, matrix: Tensor, out: Tensor, products: int) -> tuple[float, float]:

@@ -25,7 +25,7 @@ def compute(measured: Measurements, settings: ClusterSettings) -> list[ClusterFi
     if not measured.compute:
         return []
     found = _slow(section, measured, compute_factors(measured), settings.threshold, _speed_of(measured))
-    rates = {one.rank: one.flops / median(one.seconds) / 1e12 for one in measured.compute}
+    rates = {one.rank: one.rate / 1e12 for one in measured.compute}
     if settings.min_tflops is not None:
         found += [
             problem(section, measured, [rank], f"{rate:.3g} TFLOP/s, less than --min-tflops", LOOK_AT_DEVICE, factor)
@@ -53,7 +53,8 @@ def compute(measured: Measurements, settings: ClusterSettings) -> list[ClusterFi
 def compute_factors(measured: Measurements) -> dict[int, float]:
     """How many times the median's time each rank takes: the median over rounds, each compared with the same one's.
 
-    So what disturbs all ranks for a while moves none, nor does what disturbs one for less than half of the rounds.
+    So what disturbs all ranks for a while moves none, nor does what disturbs one for less than half of the rounds. Of
+    measurements that were made again the one that is best for the rank counts.
     """
     names = {device.rank: device.name for device in measured.device}
     factors = {}
@@ -61,8 +62,11 @@ def compute_factors(measured: Measurements) -> dict[int, float]:
         alike = [
             peer for peer in measured.compute if (names.get(peer.rank), peer.dtype) == (names.get(one.rank), one.dtype)
         ]
-        factors[one.rank] = median(
-            own / low_median([peer.seconds[number] for peer in alike]) for number, own in enumerate(one.seconds)
+        factors[one.rank] = min(
+            median(
+                own / low_median([peer.seconds[again][number] for peer in alike]) for number, own in enumerate(rounds)
+            )
+            for again, rounds in enumerate(one.seconds)
         )
     return factors
 
@@ -74,7 +78,7 @@ def _speed_of(measured: Measurements) -> Callable[[int], str]:
         one = by_rank[rank]
         share = one.processor_share
         cause = f"; it gets {share:.0%} of a processor, so others run there too" if share and share < 0.8 else ""
-        return f"{one.flops / median(one.seconds) / 1e12:.3g} TFLOP/s{cause}"
+        return f"{one.rate / 1e12:.3g} TFLOP/s{cause}"
 
     return tell
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from statistics import median
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class Compute:
         rank: Of all.
         dtype: Of the matrices.
         flops: Of one product.
-        seconds: Of one product, by round.
+        seconds: Of one product, by measurement and round.
         digests: Of the result, by round. The matrices hold small integers, so that every right result is the same.
         processor_share: Processor time over wall time, where the product is computed by one thread of a CPU.
     """
@@ -44,12 +45,17 @@ class Compute:
     rank: int
     dtype: str
     flops: float
-    seconds: list[float]
+    seconds: list[list[float]]
     digests: list[int]
     processor_share: float | None = None
 
+    @property
+    def rate(self) -> float:
+        """Floating point operations per second: the median over rounds, the best of what was measured again."""
+        return self.flops / min(median(rounds) for rounds in self.seconds)
+
     def with_another(self, other: Compute) -> Compute:
-        """The rounds of both."""
+        """Both."""
         return replace(other, seconds=self.seconds + other.seconds, digests=self.digests + other.digests)
 
 

@@ -53,7 +53,7 @@ def healthy(world_size: int = 8, factors: dict[int, float] | None = None) -> Mea
                 rank=rank,
                 dtype="bfloat16",
                 flops=1e12,
-                seconds=[(factors or {}).get(rank, 1.0) * 1.5e-3] * 9,
+                seconds=[[(factors or {}).get(rank, 1.0) * 1.5e-3] * 9],
                 digests=[17] * 9,
             )
             for rank in ranks
@@ -121,10 +121,17 @@ def test_what_passes_moves_nobody(disturbed: set[int], by: float, all_by: float)
     for rank, one in enumerate(measured.compute):
         seconds = [
             second * (all_by if number % 2 else 1) * (by if rank == 3 and number in disturbed else 1)
-            for number, second in enumerate(one.seconds)
+            for number, second in enumerate(one.seconds[0])
         ]
-        measured.compute[rank] = replace(one, seconds=seconds)
+        measured.compute[rank] = replace(one, seconds=[seconds])
     assert problems(measured) == []
+
+
+def test_a_rank_is_slow_only_if_it_is_each_time_that_it_was_measured() -> None:
+    first, second = healthy(factors={1: 2.0, 5: 3.0}), healthy(factors={1: 2.0})
+    first.compute = [one.with_another(other) for one, other in zip(first.compute, second.compute, strict=True)]
+    [found] = problems(first)
+    assert found.ranks == (1,) and found.factor == pytest.approx(2)
 
 
 def test_devices_are_compared_with_their_like_only() -> None:
