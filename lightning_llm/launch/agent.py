@@ -21,6 +21,7 @@ from typing import Literal
 from lightning_llm.launch.group import ClosedError, Group, LostError, Meeting, Settled
 from lightning_llm.launch.ranks import Ranks
 from lightning_llm.launch.worker import read_report
+from lightning_llm.resilience.collectives import BUFFER_SIZE, BUFFER_VARIABLES
 from lightning_llm.resilience.environment import ELASTIC_VARIABLE, MONITOR_VARIABLE
 from lightning_llm.resilience.monitor import Monitor
 from lightning_llm.resilience.restarts import (
@@ -157,8 +158,9 @@ class Launcher:
 
     def _own_variables(self) -> dict[str, str]:
         address = self._meeting.address
+        recorder = {name: os.environ.get(name, BUFFER_SIZE) for name in BUFFER_VARIABLES}
         elastic = {ELASTIC_VARIABLE: "1"} if address.min_nodes < address.max_nodes else {}
-        return {MONITOR_VARIABLE: str(self._monitor.folder), **elastic}
+        return {MONITOR_VARIABLE: str(self._monitor.folder), **recorder, **elastic}
 
     def _watch(self, group: Group) -> Ending:
         said_done, ask_due = False, 0.0

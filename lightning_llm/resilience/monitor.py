@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import selectors
+import shutil
 import signal
 import socket
 import sys
@@ -24,7 +25,7 @@ from typing import Literal
 
 from lightning_llm._processes import die_with
 from lightning_llm.errors import ConfigurationError
-from lightning_llm.resilience import stacks
+from lightning_llm.resilience import collectives, stacks
 from lightning_llm.resilience.beats import LARGEST, SOCKET, Beat, Terms, socket_of
 from lightning_llm.resilience.limits import Limits
 from lightning_llm.resilience.status import Status, serve
@@ -166,12 +167,16 @@ class Monitor:
         if verdict.cause not in ("died", "stopped"):
             found = self._stacks(verdict)
             odd = stacks.odd_ones(found)
-            if verdict.cause == "hung together" and odd:
-                blamed = tuple(odd)
-                lines.append(f"Not where the others stand: rank {', '.join(map(str, odd))}")
+            late = collectives.waited_for({rank: collectives.read(self.folder, rank) for rank in found})
+            lines += [f"rank {rank} has not come to {what}" for rank, what in late.items()]
+            if verdict.cause == "hung together" and (late or odd):
+                blamed = tuple(late or odd)
+                lines.append(f"Not where the others stand: rank {', '.join(map(str, blamed))}")
             for rank, text in found.items():
                 kept = stacks.file_of(reports, rank)
                 kept.write_text(text)
+                with contextlib.suppress(FileNotFoundError):
+                    shutil.copy(collectives.file_of(self.folder, rank), reports)
                 where = stacks.place(text)
                 lines.append(f"rank {rank} stands at {where[0] if where else '?'} ({kept})")
         entry = {**asdict(verdict), "blamed": blamed, "time": time.time()}
@@ -189,7 +194,8 @@ class Monitor:
         pids = {number: rank.pid for number, rank in self.watch.ranks.items() if not rank.ended}
         held = {rank: pids.pop(rank) for rank in verdict.ranks if verdict.cause == "interpreter held"}
         for rank in pids:
-            stacks.file_of(self.folder, rank).unlink(missing_ok=True)
+            for file in (stacks.file_of(self.folder, rank), collectives.file_of(self.folder, rank)):
+                file.unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 self._socket.sendto(b"stacks", str(socket_of(self.folder, rank)))
         return stacks.await_answers(self.folder, pids) | stacks.of_held(held, self.folder)

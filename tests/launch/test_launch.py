@@ -68,17 +68,21 @@ def test_a_suspended_rank_is_ended_and_replaced(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "finding"),
-    [("gil", "something holds the interpreter's lock"), ("hang", "Not where the others stand: rank 1")],
+    ("ranks", "kind", "finding"),
+    [
+        (2, "gil", "something holds the interpreter's lock"),
+        (2, "hang", "rank 1 has not come to gloo:"),
+        (4, "barrier", "Not where the others stand: rank 1"),
+    ],
 )
 def test_a_rank_that_hangs_is_named_ended_and_replaced(
-    job: Callable[..., Job], undisturbed: Callable[..., dict[int, float]], kind: str, finding: str
+    job: Callable[..., Job], undisturbed: Callable[..., dict[int, float]], ranks: int, kind: str, finding: str
 ) -> None:
     fault = {"kind": kind, "phase": "train", "rank": 1, "step": 6}
-    made = job(ranks=4, fault=fault, heartbeat={"progress_timeout": 3.0, "alive_timeout": 2.0})
+    made = job(ranks=ranks, fault=fault, heartbeat={"progress_timeout": 3.0, "alive_timeout": 2.0})
     assert made.run() == 0, made.said
-    assert finding in made.said and "ending rank 1" in made.said
-    assert made.curve() == undisturbed(4)
+    assert finding in made.said and "ending rank 1" in made.said and "ending rank 0" not in made.said
+    assert made.curve() == undisturbed(ranks)
 
 
 def test_the_same_error_twice_ends_the_run_with_93(job: Callable[..., Job]) -> None:
