@@ -52,6 +52,7 @@ class Fault(Callback):
             "attempt": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
             "world": trainer.world_size,
             "time": time.monotonic(),
+            "date": time.time(),
         }
         with self.events.open("a") as file:
             file.write(json.dumps(entry) + "\n")

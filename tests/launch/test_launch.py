@@ -6,11 +6,13 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from tests.launch.clock import COMPILER, Clock
 from tests.launch.jobs import STEPS, Job, running, until
 
 pytestmark = pytest.mark.alone
@@ -133,6 +135,25 @@ def test_a_run_that_was_taken_for_dead_writes_nothing_when_it_wakes(job: Callabl
         assert first.wait(60) == 93, made.said
     assert "has been taken over by another run" in made.log("first").read_text()
     assert {path: path.stat().st_mtime_ns for path in made.folder.glob("checkpoints/**/*")} == kept
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(COMPILER is None, reason="needs a C compiler")
+def test_a_clock_that_is_set_is_no_alarm(
+    job: Callable[..., Job], undisturbed: Callable[..., dict[int, float]], tmp_path: Path
+) -> None:
+    clock = Clock(tmp_path)
+    made = job(environment=clock.environment)
+    with made.started() as launcher:
+        for step, hours in ((3, 1), (6, -1)):
+            until(lambda step=step: any(event["step"] >= step for event in made.events("step")))
+            clock.set(3600 * hours)
+        assert launcher.wait(60) == 0, made.said
+    days = [event["date"] for event in made.events("step")]
+    assert max(days) - min(days) > 7000, "the clock was put forward and back"
+    assert {event["attempt"] for event in made.events("start")} == {0}
+    assert "heartbeat:" not in made.said
+    assert made.curve() == undisturbed()
 
 
 def test_nothing_outlives_a_launcher_that_is_killed(job: Callable[..., Job]) -> None:
