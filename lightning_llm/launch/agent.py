@@ -263,7 +263,7 @@ class Launcher:
         report = read_report(self._monitor.folder, rank)
         if blamed is not None:
             consequence = blamed.cause == "hung together"
-            return Failure(kind="hang", code=code, who=who, text=str(blamed), step=step, consequence=consequence)
+            return Failure(kind="hang", code=code, who=who, text=blamed.text, step=step, consequence=consequence)
         if code < 0:
             text = f"killed by {signal.Signals(-code).name}" if -code in set(signal.Signals) else f"signal {-code}"
             return Failure(kind="signal", code=code, who=who, text=text, step=step)
@@ -318,11 +318,12 @@ def environments_of(
         "TORCHELASTIC_USE_AGENT_STORE": True,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", 1 if ranks_per_node > 1 else os.cpu_count() or 1),
     }
-    own = {local: {"LOCAL_RANK": local, "RANK": group.node * ranks_per_node + local} for local in range(ranks_per_node)}
-    return {
-        one["RANK"]: {name: str(value) for name, value in {**shared, **one, "ROLE_RANK": one["RANK"]}.items()}
-        for one in own.values()
+    first = group.node * ranks_per_node
+    environments = {
+        first + local: {**shared, "LOCAL_RANK": local, "RANK": first + local, "ROLE_RANK": first + local}
+        for local in range(ranks_per_node)
     }
+    return {rank: {name: str(value) for name, value in each.items()} for rank, each in environments.items()}
 
 
 def _restarting(decision: Decision) -> str:
