@@ -376,6 +376,10 @@ def _answer(run: Callable[[], int], prog: str = "lightning-llm") -> int:
         except EndOfRunError as error:
             print(f"{prog}: {error.message}", file=sys.stderr)
             return error.EXIT_CODE
+        except SystemExit as end:
+            if isinstance(end.__context__, KeyboardInterrupt):  # Lightning has shut down, and ends with 1
+                return INTERRUPTED
+            raise
         except ValueError as error:
             # jsonargparse puts what a constructor refuses into a longer error of its own.
             refused = error if isinstance(error, ConfigurationError) else ConfigurationError.latest

@@ -19,6 +19,7 @@ import pytest
 
 from lightning_llm.cli import COMMANDS, TRAINER_COMMANDS
 from tests.commands import call_forked
+from tests.launch.jobs import ROOT, Job, until
 
 pytestmark = pytest.mark.alone
 
@@ -413,6 +414,17 @@ def test_ctrl_c_ends_all_processes(
     assert seconds_until_gone(pids, 5) <= 5
     errors = (tmp_path / "stderr").read_text()
     assert "Traceback" not in errors, errors
+
+
+def test_ctrl_c_ends_fit_with_130(running: list[subprocess.Popen[str]], data: Path, tmp_path: Path) -> None:
+    job = Job(folder=tmp_path / "job", data=data, ranks=1, max_steps=10_000)
+    command = [COMMAND, "fit", "-c", job.run_file]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True, stderr=subprocess.PIPE)
+    running.append(process)
+    until(lambda: job.events("step"))
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in errors, errors
 
 
 def test_no_orphans_when_the_main_process_is_killed(
