@@ -10,25 +10,41 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.strategies import StrategyRegistry
 from typing_extensions import override
 
 from lightning_llm.callbacks import Heartbeat, Preemption
+from lightning_llm.errors import ConfigurationError
 from lightning_llm.resilience.environment import MONITOR_VARIABLE
 
+OURS = "llm3d"
 CALLBACKS: tuple[type[Callback], ...] = (Heartbeat, Preemption)
 
 
-class LaunchedCLI(LightningCLI):
-    """LightningCLI; what it changes, it changes under `lightning-llm launch` alone.
+def check_strategy(given: Any) -> None:
+    """Refuses a name that looks like one of ours and is none.
 
+    Raises:
+        ConfigurationError: It is such a name.
+    """
+    if isinstance(given, str) and given.startswith(OURS) and given not in StrategyRegistry:
+        names = ", ".join(name for name in StrategyRegistry.available_strategies() if name.startswith(OURS))
+        raise ConfigurationError(f"There is no strategy {given!r}. Of ours there are: {names}.")
+
+
+class LaunchedCLI(LightningCLI):
+    """LightningCLI, which tells what strategies of ours there are where a name is none of them.
+
+    What else it changes, it changes under `lightning-llm launch` alone.
     There the launcher says how many processes and nodes there are, the trainer has a `Heartbeat` and a `Preemption` if
     the file has none, and `fit` goes on from its newest checkpoint unless it is told from which.
     """
 
     @override
     def before_instantiate_classes(self) -> None:
+        run = self.config[self.subcommand]
+        check_strategy(run.trainer.strategy)
         if MONITOR_VARIABLE in os.environ and self.subcommand == "fit":
-            run = self.config[self.subcommand]
             run.ckpt_path = run.ckpt_path or "last"
 
     @override
