@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
@@ -42,6 +43,9 @@ class Recipe:
     warmup_steps: int = 10
     max_norm: float = 1.0
     fused: bool = True  # of the bare loop's AdamW: one kernel instead of a dozen DTensor operations per parameter
+    accelerator: str = "cpu"
+    precision: str = "32-true"  # or "bf16-mixed", which is `fully_shard`'s on both sides
+    compile: bool = False
 
 
 class BareLoop:
@@ -62,7 +66,8 @@ class BareLoop:
         loader: DataLoader,
     ) -> None:
         pipeline, data, tensor = sizes
-        self.mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("pp", "dp", "tp"))
+        self.device = torch.device(recipe.accelerator)
+        self.mesh = init_device_mesh(self.device.type, sizes, mesh_dim_names=("pp", "dp", "tp"))
         if data > 1 and tensor > 1:
             self.mesh["dp", "tp"]._flatten()  # a norm over both axes is then one all-reduce
         self.loader = loader
@@ -78,10 +83,15 @@ class BareLoop:
             keep_stages(self.model, plan, [self.stage], split_units(plan, self.model, pipeline))
         if tensor > 1:
             apply_tensor_parallel(self.model, self.mesh["tp"], plan, sequence_parallel=True)
-        if data > 1:
-            sharding = Sharding(mesh=self.mesh["dp"], reshard_after_forward=pipeline == 1)
+        if recipe.compile:
+            for block in plan.units(self.model):
+                block.compile()
+        mixed = recipe.precision == "bf16-mixed"
+        if data > 1 or mixed:
+            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else MixedPrecisionPolicy()
+            sharding = Sharding(mesh=self.mesh["dp"], reshard_after_forward=pipeline == 1, mp_policy=policy)
             apply_sharding(self.model, plan.units(self.model), sharding)
-        self.model.to_empty(device="cpu")
+        self.model.to_empty(device=self.device)
         load_weights(self.model, RandomInit(config, seed=0), local=local_shard)
 
         self.parameters = list(self.model.parameters())
@@ -101,7 +111,7 @@ class BareLoop:
         gradient norm over all axes.
         """
         batch = next(self.batches)
-        inputs, labels = batch["input_ids"], batch["labels"]
+        inputs, labels = (batch[name].to(self.device, non_blocking=True) for name in ("input_ids", "labels"))
         self.optimizer.zero_grad()
         loss: Tensor | None = None
         with self.loss_context():
@@ -123,7 +133,7 @@ class BareLoop:
         return (loss if loss is None else loss.detach()), norm
 
     def _schedule(self, stages: int) -> Schedule1F1B:
-        stage = PipelineStage(self.model, self.stage, stages, torch.device("cpu"), group=self.mesh["pp"].get_group())
+        stage = PipelineStage(self.model, self.stage, stages, self.device, group=self.mesh["pp"].get_group())
         local_batch = self.loader.batch_size
         assert local_batch is not None
         count = schedule_kind("1F1B").choose_microbatches("auto", local_batch, stages)
@@ -154,5 +164,5 @@ class BareLoop:
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean over all tokens, nats; logits `[batch, seq, vocab]` may be split over the vocabulary."""
-    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
     return loss.to_local() if isinstance(loss, DTensor) else loss

@@ -1,6 +1,7 @@
 """What a checkpoint costs, beside torch.distributed.checkpoint: how long training stands still, writing, and restoring.
 
     python benchmarks/checkpoint.py [--rounds 7] [--megabytes 600] [--verify sample|full|none] [--folder DIR]
+    python benchmarks/checkpoint.py --accelerator cuda --ranks 1 --tokens 4096
 
 See README.md beside this file for what is measured and how.
 """
@@ -38,7 +39,6 @@ from lightning_llm import Decoder, DecoderConfig
 from lightning_llm.checkpoint.reading import Checkpoint
 from lightning_llm.checkpoint.saver import CheckpointSaver, RunState
 
-RANKS = 4
 CPU = ": CPU of all ranks"
 
 
@@ -48,9 +48,10 @@ class Training:
     Args:
         megabytes: Of weights and both moments on all ranks, at least.
         tokens: Of a step, on each rank.
+        device: Of this rank.
     """
 
-    def __init__(self, megabytes: float, tokens: int) -> None:
+    def __init__(self, megabytes: float, tokens: int, device: str) -> None:
         layers, size = 0, 0
         while size < megabytes * 1e6:
             layers += 1
@@ -63,13 +64,14 @@ class Training:
             )
             size = sum(12 * math.prod(shape) for shape in config.parameter_shapes().values())
         torch.manual_seed(0)
-        self.model = Decoder(config)
-        mesh = init_device_mesh("cpu", (RANKS,))
+        with torch.device(device):
+            self.model = Decoder(config)
+        mesh = init_device_mesh(device, (dist.get_world_size(),))
         for block in self.model.model.layers.values():
             fully_shard(block, mesh=mesh)
         fully_shard(self.model, mesh=mesh)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-        self.tokens = torch.randint(0, 8192, (1, tokens + 1))
+        self.tokens = torch.randint(0, 8192, (1, tokens + 1), device=device)
         self.step()
 
     def step(self) -> None:
@@ -77,6 +79,7 @@ class Training:
         torch.nn.functional.cross_entropy(logits[0], self.tokens[0, 1:]).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
+        catch_up()
 
     def state(self) -> dict[str, Tensor]:
         """Weights and both moments, by name."""
@@ -105,6 +108,7 @@ class Sides:
         dist.barrier()
         began = time.perf_counter()
         result = act()
+        catch_up()
         self.note(name, time.perf_counter() - began)
         return result
 
@@ -227,10 +231,10 @@ class Sides:
             local(tensor).zero_()
 
 
-def measure(megabytes: float, tokens: int, rounds: int, verify: str, folder: str) -> dict[str, Any]:
+def measure(megabytes: float, tokens: int, device: str, rounds: int, verify: str, folder: str) -> dict[str, Any]:
     """All sides, taking turns, on this rank."""
     warnings.filterwarnings("ignore")
-    training = Training(megabytes, tokens)
+    training = Training(megabytes, tokens, device)
     sides = Sides(training, Path(folder), verify)
     state = sides.state
     for turn in range(rounds + 1):
@@ -258,6 +262,12 @@ def take_turns(turn: int, *operations: Callable[[], None]) -> None:
     """All of them, each coming first as often as the others."""
     for number in range(len(operations)):
         operations[(turn + number) % len(operations)]()
+
+
+def catch_up() -> None:
+    """Waits until the device has done what it was told."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -289,6 +299,8 @@ def summary(values: list[float]) -> dict[str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--accelerator", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--megabytes", type=float, default=600.0)
     parser.add_argument("--tokens", type=int, default=64, help="of each rank in a training step")
     parser.add_argument("--verify", choices=["full", "sample", "none"], default="sample")
@@ -298,10 +310,19 @@ def main() -> int:
     arguments = parser.parse_args()
     load = os.getloadavg()
     with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=arguments.folder) as folder:
-        sizes = (arguments.megabytes, arguments.tokens, arguments.rounds)
-        found = run_on_ranks(measure, RANKS, *sizes, arguments.verify, folder, timeout=3600.0)[0]
+        sizes = (arguments.megabytes, arguments.tokens, arguments.accelerator, arguments.rounds)
+        found = run_on_ranks(
+            measure,
+            arguments.ranks,
+            *sizes,
+            arguments.verify,
+            folder,
+            accelerator=arguments.accelerator,
+            timeout=3600.0,
+        )[0]
     seconds = found["seconds"]
-    print(f"{found['bytes'] / 1e6:.0f} MB on {RANKS} ranks, {arguments.rounds} rounds, verify={arguments.verify!r}\n")
+    where = f"{arguments.ranks} ranks ({arguments.accelerator})"
+    print(f"{found['bytes'] / 1e6:.0f} MB on {where}, {arguments.rounds} rounds, verify={arguments.verify!r}\n")
     print(f"{'seconds':<46}{'min':>9}{'median':>9}{'max':>9}")
     for name, values in seconds.items():
         print(f"{name:<46}" + "".join(f"{value:>9.3f}" for value in summary(values).values()))
@@ -320,7 +341,8 @@ def main() -> int:
         "cores": os.cpu_count(),
         "load_at_start": load,
         "bytes": found["bytes"],
-        "ranks": RANKS,
+        "ranks": arguments.ranks,
+        "accelerator": arguments.accelerator,
         "tokens": arguments.tokens,
         "verify": arguments.verify,
         "seconds": {name: summary(values) for name, values in seconds.items()},

@@ -15,6 +15,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from lightning_llm.serving import LLM, SamplingParams
 
 Prompts = Sequence[Sequence[int]]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of every side
 
 
 class TimeIsUpError(Exception):
@@ -34,7 +35,7 @@ class OurEngine:
     name = "ours"
 
     def __init__(self, folder: Path, dtype: torch.dtype, most: int) -> None:
-        self.llm = LLM(folder, dtype=dtype, max_model_len=2048, max_num_seqs=most)
+        self.llm = LLM(folder, dtype=dtype, device=DEVICE, max_model_len=2048, max_num_seqs=most)
 
     def generate(self, prompts: Prompts, output_len: int) -> list[list[int]]:
         params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
@@ -47,11 +48,11 @@ class StaticBatch:
     name = "generate"
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(DEVICE).eval()
         self.model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
 
     def generate(self, prompts: Prompts, output_len: int) -> list[list[int]]:
-        given = torch.tensor([list(prompt) for prompt in prompts])
+        given = torch.tensor([list(prompt) for prompt in prompts], device=DEVICE)
         mask = torch.ones_like(given)
         with torch.inference_mode():
             answer = self.model.generate(given, attention_mask=mask, max_new_tokens=output_len)
@@ -76,7 +77,7 @@ class ContinuousBatching:
     def __init__(self, folder: Path, dtype: torch.dtype, longest: int, most: int, limit: float) -> None:
         logging.getLogger("transformers").setLevel(logging.ERROR)
         self.limit = limit
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(DEVICE).eval()
         page_size = 32
         self.manager = model.init_continuous_batching(
             GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),

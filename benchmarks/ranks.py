@@ -1,4 +1,4 @@
-"""Runs functions on N forked gloo processes each. The benchmarks use it, so that torch is imported once for all."""
+"""Runs functions on N forked processes each. The benchmarks use it, so that torch is imported once for all."""
 
 from __future__ import annotations
 
@@ -11,29 +11,38 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.tensor.parallel  # noqa: F401  imported once here instead of in every rank
 
 
-def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 600.0) -> list[Any]:
-    """Calls `function(*args)` on every rank of a gloo group and returns what each returned (plain data), by rank.
+def run_on_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, accelerator: str = "cpu", timeout: float = 600.0
+) -> list[Any]:
+    """Calls `function(*args)` on every rank of a group and returns what each returned (plain data), by rank.
 
-    The calling process must not have run torch on several threads before: those do not survive a fork.
+    The calling process must not have run torch on several threads before, nor CUDA: those do not survive a fork.
 
     Args:
+        accelerator: "cpu": gloo; "cuda": NCCL too, each rank with the device of its number.
         timeout: Seconds for the whole call; then all ranks are ended.
 
     Raises:
         RuntimeError: A rank failed or ran out of time; carries the traceback of the first one.
     """
-    return run_groups({"ranks": function}, world_size, *args, timeout=timeout)["ranks"]
+    return run_groups({"ranks": function}, world_size, *args, accelerator=accelerator, timeout=timeout)["ranks"]
 
 
 def run_groups(
-    functions: Mapping[str, Callable[..., Any]], world_size: int, *args: Any, timeout: float = 600.0
+    functions: Mapping[str, Callable[..., Any]],
+    world_size: int,
+    *args: Any,
+    accelerator: str = "cpu",
+    timeout: float = 600.0,
 ) -> dict[str, list[Any]]:
     """The same with several functions at a time, each on ranks of its own that know nothing of the others.
 
@@ -46,7 +55,7 @@ def run_groups(
             folder = Path(root) / name
             folder.mkdir()
             for rank in range(world_size):
-                pids[name, rank] = _fork(rank, world_size, folder, function, args, timeout)
+                pids[name, rank] = _fork(rank, world_size, folder, partial(function, *args), accelerator, timeout)
         failed = _wait(pids, timeout)
         if failed:
             # Peers of a failed rank fail too, with closed connections: the earliest traceback is the cause.
@@ -58,7 +67,7 @@ def run_groups(
         }
 
 
-def _fork(rank: int, size: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...], limit: float) -> int:
+def _fork(rank: int, size: int, folder: Path, function: Callable[[], Any], accelerator: str, limit: float) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -69,8 +78,13 @@ def _fork(rank: int, size: int, folder: Path, function: Callable[..., Any], args
         place = {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": size}
         os.environ.update({key: str(value) for key, value in place.items()})
         store = f"file://{folder}/store"
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=limit))
-        (folder / f"result-{rank}").write_bytes(pickle.dumps(function(*args)))
+        if accelerator == "cuda":
+            torch.cuda.set_device(rank)
+        backend = "cpu:gloo,cuda:nccl" if accelerator == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=limit)
+        )
+        (folder / f"result-{rank}").write_bytes(pickle.dumps(function()))
         dist.barrier()
         code = 0
     except BaseException:

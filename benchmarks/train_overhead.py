@@ -1,6 +1,6 @@
 """What `Trainer(strategy=LLM3DStrategy(...))` costs over a bare torch loop of the same parallelism.
 
-    python benchmarks/train_overhead.py [--layouts 1 tp2 dp2-tp2:32] [--profile]
+    python benchmarks/train_overhead.py [--layouts 1 tp2 dp2-tp2:32] [--profile] [--accelerator cuda]
 
 Both sides live in the same processes and take turns, step by step; see README.md beside this file.
 """
@@ -38,11 +38,14 @@ from taking_turns import ratios, spread
 from torch import Tensor
 from training_job import Job
 
-from lightning_llm import DecoderConfig, LLM3DStrategy
+from lightning_llm import LLM3DStrategy
+from lightning_llm.callbacks.throughput import dense_bf16_peak
+from lightning_llm.models.module import resolve_config
 
 # Layouts and their sequences per step, which make a step of the default model about one second long on two free cores.
 DEFAULT_LAYOUTS = ("1:28", "tp2:32", "pp2:40", "dp2-tp2:32", "dp2-tp2-pp2:16")
 ACCEPTED_RATIO = 1.10
+RECIPE = ("fused", "accelerator", "precision", "compile")  # what of a recipe can be asked for
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,8 @@ class Layout:
 class TakingTurns(Callback):
     """Runs and times one bare step after each step of the Trainer, and the Trainer's step from callback to callback.
 
-    Times are `(wall, cpu)` seconds of this rank: from a barrier, so that all ranks start together; all threads' CPU.
+    Times are `(wall, cpu)` seconds of this rank: from a barrier, so that all ranks start together, until its device has
+    caught up; all threads' CPU.
     """
 
     def __init__(self, bare: BareLoop, profiles: Profiles | None) -> None:
@@ -108,15 +112,21 @@ class TakingTurns(Callback):
 
     def _start(self, side: str) -> None:
         dist.barrier()
+        self._catch_up()
         if self.profiles is not None:
             self.profiles.start(side, len(self.seconds[side]))
         self._began = time.perf_counter(), time.process_time()
 
     def _stop(self, side: str) -> None:
+        self._catch_up()
         wall, cpu = time.perf_counter(), time.process_time()
         if self.profiles is not None:
             self.profiles.stop(side)
         self.seconds[side].append((wall - self._began[0], cpu - self._began[1]))
+
+    def _catch_up(self) -> None:
+        if self.bare.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def _note(self, side: str, loss: Tensor | None, norm: Tensor) -> None:
         self.losses[side].append(None if loss is None else float(loss))
@@ -137,6 +147,7 @@ def measure(job: Job[Layout]) -> dict[str, Any]:
         data_parallel_size=layout.data,
         tensor_parallel_size=layout.tensor,
         pipeline_parallel_size=layout.pipeline,
+        compile=job.recipe.compile,
     )
     job.trainer(strategy, turns, layout.name).fit(job.module(), job.loader(data_rank))
     return {
@@ -144,6 +155,7 @@ def measure(job: Job[Layout]) -> dict[str, Any]:
         "losses": turns.losses,
         "norms": turns.norms,
         "profile": profiles.results() if profiles else None,
+        "device": torch.cuda.get_device_name() if job.recipe.accelerator == "cuda" else platform.machine(),
     }
 
 
@@ -165,8 +177,14 @@ def summarize(job: Job[Layout], ranks: list[dict[str, Any]]) -> dict[str, Any]:
     wall, cpu = {}, {}
     for side in ("bare", "trainer"):
         wall[side], cpu[side] = job.step_times([rank["seconds"][side] for rank in ranks])
+    peak = dense_bf16_peak(ranks[0]["device"])
+    tokens = job.layout.batch_size * job.seq_len
+    flops = tokens * job.config.flops_per_token(job.seq_len) / job.layout.world_size
     return {
         "layout": asdict(job.layout),
+        "device": ranks[0]["device"],
+        "tokens": tokens,
+        "mfu": peak and {side: flops / statistics.median(seconds) / peak for side, seconds in wall.items()},
         "ratio": ratios(wall["trainer"], wall["bare"]),
         "cpu_ratio": ratios(cpu["trainer"], cpu["bare"]),
         "bare_seconds": spread(wall["bare"]),
@@ -187,7 +205,7 @@ def table_row(row: dict[str, Any]) -> str:
         f"{layout.name:<14}{layout.world_size:>6}{layout.batch_size:>6}{row['bare_seconds']['median']:>9.3f}"
         f"{row['trainer_seconds']['median']:>11.3f}   "
         f"{ratio['min']:>6.3f} / {ratio['median']:.3f} / {ratio['max']:<10.3f}{row['cpu_ratio']['median']:>11.3f}"
-    )
+    ) + ("" if row["mfu"] is None else f"   MFU {row['mfu']['bare']:.3f} bare, {row['mfu']['trainer']:.3f}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -200,7 +218,9 @@ def parse_arguments() -> argparse.Namespace:
         metavar="NAME[:BATCH]",
         help=f"what to measure, each with its sequences per step (default: {' '.join(DEFAULT_LAYOUTS)})",
     )
-    parser.add_argument("--model", default="tiny", help="a preset of DecoderConfig (default: tiny)")
+    parser.add_argument(
+        "--model", default="tiny", help="a preset of DecoderConfig, or a folder with a config.json (default: tiny)"
+    )
     parser.add_argument("--seq-len", type=int, default=128, help="tokens per sequence (default: 128)")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each side (default: 10)")
     parser.add_argument("--warmup", type=int, default=3, help="steps of each side before them (default: 3)")
@@ -211,6 +231,9 @@ def parse_arguments() -> argparse.Namespace:
         default=True,
         help="whether the bare loop's AdamW is the fused one (default: yes, since it is the faster one)",
     )
+    parser.add_argument("--accelerator", choices=["cpu", "cuda"], default="cpu", help="of every rank (default: cpu)")
+    parser.add_argument("--precision", choices=["32-true", "bf16-mixed"], default="32-true", help="(default: 32-true)")
+    parser.add_argument("--compile", action="store_true", help="compile each block, on both sides")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one layout (default: 600)")
     parser.add_argument("--profile", action="store_true", help="show where the Trainer's step goes; writes no results")
     parser.add_argument("--check", action="store_true", help=f"fail where a median ratio is above {ACCEPTED_RATIO}")
@@ -234,16 +257,18 @@ def main() -> int:
         for index, layout in enumerate(arguments.layouts):
             job = Job(
                 layout=layout,
-                config=DecoderConfig.preset(arguments.model),
+                config=resolve_config(arguments.model),
                 seq_len=arguments.seq_len,
                 steps=arguments.steps,
                 warmup=arguments.warmup,
                 threads=arguments.threads,
                 folder=folder,
                 profile=arguments.profile,
-                recipe=Recipe(fused=arguments.fused),
+                recipe=Recipe(**{name: getattr(arguments, name) for name in RECIPE}),
             )
-            ranks = run_on_ranks(measure, layout.world_size, job, timeout=arguments.timeout)
+            ranks = run_on_ranks(
+                measure, layout.world_size, job, accelerator=arguments.accelerator, timeout=arguments.timeout
+            )
             rows.append(summarize(job, ranks))
             if index == 0 or arguments.profile:
                 print(HEADER)
@@ -273,7 +298,7 @@ def write(arguments: argparse.Namespace, load: float, rows: list[dict[str, Any]]
             "torch": torch.__version__,
             "lightning": lightning.__version__,
         },
-        "run": {name: getattr(arguments, name) for name in ("model", "seq_len", "steps", "warmup", "threads", "fused")},
+        "run": {name: getattr(arguments, name) for name in ("model", "seq_len", "steps", "warmup", "threads", *RECIPE)},
         "layouts": rows,
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

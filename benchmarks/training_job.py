@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_llm import DecoderConfig, LLMModule
 
-TOLERANCE = 1e-4  # of losses, nats per token; and of gradient norms, relative
+TOLERANCE = {"32-true": 1e-4, "bf16-mixed": 2e-2}  # of losses, nats per token; and of gradient norms, relative
 
 
 class BatchLayout(Protocol):
@@ -86,7 +86,8 @@ class Job(Generic[LayoutT]):
     def trainer(self, strategy: Strategy, callback: Callback, log_name: str) -> Trainer:
         """A Trainer as users have it, on this group's ranks; without files and bars, which no bare loop has."""
         return Trainer(
-            accelerator="cpu",
+            accelerator=self.recipe.accelerator,
+            precision=self.recipe.precision,  # type: ignore[arg-type]
             devices=dist.get_world_size(),
             strategy=strategy,
             max_steps=self.total_steps,
@@ -131,11 +132,12 @@ class Job(Generic[LayoutT]):
             RuntimeError: Two sides did not compute the same.
         """
         first, *others = losses
+        tolerance = TOLERANCE[self.recipe.precision]
         for side in others:
             for step in range(self.total_steps):
                 here, there = losses[side][step], losses[first][step]
-                if not abs(here - there) <= TOLERANCE:
+                if not abs(here - there) <= tolerance:
                     raise RuntimeError(f"{self.layout.name}, step {step}: loss {here} of {side}, {there} of {first}")
                 here, there = norms[side][step], norms[first][step]
-                if not abs(here - there) <= TOLERANCE * max(1.0, there):
+                if not abs(here - there) <= tolerance * max(1.0, there):
                     raise RuntimeError(f"{self.layout.name}, step {step}: norm {here} of {side}, {there} of {first}")

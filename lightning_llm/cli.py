@@ -325,6 +325,10 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
 
 # name -> what it is for, and the room whose commands.py has `main(arguments) -> exit code`
 GROUPS = {
+    "launch": (
+        "Run a program on all devices of one or more nodes, and start it again when it fails.",
+        "lightning_llm.launch",
+    ),
     "registry": ("Keep versions of models: list, register, promote, pull.", "lightning_llm.registry"),
     "bench": ("Put load on a server and measure it: serve.", "lightning_llm.serving.bench"),
     "serve": ("Serve a model behind an OpenAI-compatible endpoint.", "lightning_llm.serving"),
@@ -425,13 +429,12 @@ def _run_trainer(
 
     It reads sys.argv itself, as the processes that it launches do.
     """
-    from lightning.pytorch.cli import LightningCLI
-
     from lightning_llm import LLMModule, TokenDataModule
+    from lightning_llm.launch.trainer import LaunchedCLI
 
     for chatty in ("seed", "distributed"):  # a line from every rank
         logging.getLogger(f"lightning.fabric.utilities.{chatty}").setLevel(logging.WARNING)
-    LightningCLI(
+    LaunchedCLI(
         module_class or LLMModule,
         data_class or TokenDataModule,
         save_config_kwargs={"overwrite": True},

@@ -1,10 +1,11 @@
-"""Runs a plain function on N gloo processes: torch is imported once, then the test process forks.
+"""Runs a plain function on N gloo processes: torch is imported once, then the test process forks. Or on one GPU.
 
 Each rank has a hard time limit, every rank's exception reaches the test, and processes are ended by pid.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import signal
@@ -13,6 +14,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import import_module
@@ -41,6 +43,12 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
         detail = f"first failure, rank {first}:\n{errors[first]}" if first is not None else "no traceback was left"
         raise AssertionError(f"ranks {failed} of {world_size} failed ({sorted(errors)} raised); {detail}")
     return [pickle.loads((folder / f"result-{rank}").read_bytes()) for rank in pids]
+
+
+def run_on_gpu(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls `function(*args)` in a process begun anew, since CUDA does not survive a fork; Lightning connects it."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 @dataclass

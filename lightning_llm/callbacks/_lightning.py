@@ -22,6 +22,11 @@ def checkpoint_folder(callback: ModelCheckpoint, trainer: pl.Trainer) -> str:
     return str(callback._ModelCheckpoint__resolve_ckpt_dir(trainer))  # type: ignore[attr-defined]
 
 
+def log_step(trainer: pl.Trainer) -> None:
+    """Gives the loggers this step's metrics, as the loop does behind the hook `on_train_batch_end`."""
+    trainer._logger_connector.update_train_step_metrics()
+
+
 def run_last(callback: Callback, trainer: pl.Trainer) -> None:
     """Has a callback's hooks called after those of all others, from the next hook on."""
     # A new list: Lightning may be iterating over the present one.

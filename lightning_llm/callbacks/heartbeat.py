@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -17,7 +18,8 @@ from typing_extensions import override
 
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.resilience import stacks
-from lightning_llm.resilience.beats import Phase, Sender
+from lightning_llm.resilience.beats import Phase, Sender, Terms, sender_of_process
+from lightning_llm.resilience.environment import MONITOR_VARIABLE
 from lightning_llm.resilience.limits import Limits
 from lightning_llm.resilience.monitor import Settings
 from lightning_llm.resilience.watch import ALIVE_TIMEOUT
@@ -37,7 +39,7 @@ class Heartbeat(Callback):
             what was seen, 60 at least.
         alive_timeout: Seconds without any sign, after which a process is held to be suspended or its interpreter held.
         on_hang: "report"; "kill" ends the ranks that are to blame too, so that the run ends instead of waiting for its
-            collectives' timeout.
+            collectives' timeout; "auto" does where `lightning-llm launch` starts them again, and else reports.
         dirpath: For verdicts and stacks; a folder `heartbeat` in the Trainer's `default_root_dir` by default.
         port: Of this node's `/healthz` (503 while something is wrong) and `/metrics` (Prometheus); None for none.
         every: Seconds between signs of life.
@@ -50,14 +52,14 @@ class Heartbeat(Callback):
         self,
         progress_timeout: float | Literal["auto"] = "auto",
         alive_timeout: float = ALIVE_TIMEOUT,
-        on_hang: Literal["report", "kill"] = "report",
+        on_hang: Literal["auto", "report", "kill"] = "auto",
         dirpath: str | Path | None = None,
         port: int | None = None,
         every: float = 1.0,
     ) -> None:
         Limits(progress_timeout)  # refuses what is no limit
-        if on_hang not in ("report", "kill"):
-            raise ConfigurationError(f"on_hang={on_hang!r} must be 'report' or 'kill'.")
+        if on_hang not in ("auto", "report", "kill"):
+            raise ConfigurationError(f"on_hang={on_hang!r} must be 'report', 'kill' or 'auto'.")
         if not 0 < every < alive_timeout / 2:
             raise ConfigurationError(
                 f"every={every} must be above 0 and below half of alive_timeout={alive_timeout}: a single late beat is "
@@ -66,9 +68,9 @@ class Heartbeat(Callback):
         self._settings: dict[str, Any] = {
             "progress_timeout": progress_timeout,
             "alive_timeout": alive_timeout,
-            "on_hang": on_hang,
             "port": port,
         }
+        self._on_hang = on_hang
         self._dirpath = dirpath
         self._every = every
         self._sender: Sender | None = None
@@ -87,23 +89,26 @@ class Heartbeat(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._sender is not None:
             return
-        name = trainer.strategy.broadcast(f"heartbeat-{os.getpid()}-{os.urandom(4).hex()}")
-        folder = self._folder = Path(tempfile.gettempdir()) / name  # the same on all nodes; a socket's path is short
-        folder.mkdir(mode=0o700, exist_ok=True)
-        self._stacks = stacks.register(folder, trainer.global_rank)
+        launched = os.environ.get(MONITOR_VARIABLE)
+        on_hang = ("kill" if launched else "report") if self._on_hang == "auto" else self._on_hang
+        reports = Path(self._dirpath or Path(trainer.default_root_dir) / "heartbeat").absolute()
         if trainer.local_rank == 0:
-            reports = Path(self._dirpath or Path(trainer.default_root_dir) / "heartbeat")
             reports.mkdir(parents=True, exist_ok=True)
-            settings = Settings(
-                folder=str(folder),
-                reports=str(reports),
-                ranks=max(1, trainer.num_devices),
-                parent=os.getpid(),
-                **self._settings,
-            )
-            command = [sys.executable, "-m", "lightning_llm.resilience.monitor", json.dumps(asdict(settings))]
-            self._monitor = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
-        self._sender = Sender(folder, trainer.global_rank, self._every)
+        wishes = {**self._settings, "on_hang": on_hang, "reports": str(reports)}
+        if launched is not None:
+            folder = Path(launched)
+        else:
+            name = trainer.strategy.broadcast(f"heartbeat-{os.getpid()}-{os.urandom(4).hex()}")
+            folder = self._folder = (
+                Path(tempfile.gettempdir()) / name
+            )  # the same on all nodes; sockets need short paths
+            folder.mkdir(mode=0o700, exist_ok=True)
+            if trainer.local_rank == 0:
+                self._monitor = _start_monitor(folder, max(1, trainer.num_devices), wishes)
+        self._stacks = stacks.register(folder, trainer.global_rank)
+        self._sender = sender_of_process(folder, trainer.global_rank, self._every)
+        if launched is not None and trainer.local_rank == 0:
+            self._sender.agree(Terms(**wishes))
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -164,3 +169,9 @@ class Heartbeat(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.training or trainer.sanity_checking:
             self._tell(trainer, "train" if trainer.global_step else "first step")
+
+
+def _start_monitor(folder: Path, ranks: int, wishes: Mapping[str, Any]) -> subprocess.Popen[bytes]:
+    settings = Settings(folder=str(folder), ranks=ranks, parent=os.getpid(), **wishes)
+    command = [sys.executable, "-m", "lightning_llm.resilience.monitor", json.dumps(asdict(settings))]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)

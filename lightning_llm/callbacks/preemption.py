@@ -25,6 +25,7 @@ from lightning_llm.callbacks._lightning import (
     checkpoint_folder,
     keep_signals_from_lightning,
     kill_children,
+    log_step,
     release_children,
     return_signals_to_lightning,
     run_last,
@@ -146,6 +147,7 @@ class Preemption(Callback):
         if not self._asked.costs_a_wait:
             before, self._asked = self._asked, None
         if before is not None and before.value():
+            log_step(trainer)
             self._stop(trainer)
 
     @override

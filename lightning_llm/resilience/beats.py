@@ -57,6 +57,29 @@ class Beat:
             return None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What a rank asks of a monitor that a launcher has started before it; see `monitor.Settings`."""
+
+    reports: str
+    progress_timeout: float | Literal["auto"]
+    alive_timeout: float
+    on_hang: Literal["report", "kill"]
+    port: int | None
+
+    def to_bytes(self) -> bytes:
+        """As they are sent."""
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Terms | None:
+        """What was sent; None for what are no terms."""
+        try:
+            return cls(**json.loads(data))
+        except (ValueError, TypeError):
+            return None
+
+
 def socket_of(folder: Path, rank: int) -> Path:
     """Where a rank can be asked for its stacks: any datagram is the question."""
     return folder / f"rank{rank}.sock"
@@ -77,7 +100,9 @@ class Sender:
         self._rank = rank
         self._every = every
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(str(socket_of(folder, rank)))
+        mine = socket_of(folder, rank)
+        mine.unlink(missing_ok=True)  # of this rank's last life
+        self._socket.bind(str(mine))
         self._socket.setblocking(False)
         self._phase: Phase = "init"
         self._step = 0
@@ -89,6 +114,16 @@ class Sender:
         """Says that something was done, and what comes now."""
         self._phase, self._step = phase, step
         self._send("progress")
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has said goodbye."""
+        return self._ended
+
+    def agree(self, terms: Terms) -> None:
+        """Tells the monitor what the run wants of it."""
+        with contextlib.suppress(OSError):
+            self._socket.sendto(terms.to_bytes(), self._path)
 
     def end(self) -> None:
         """Says goodbye."""
@@ -114,3 +149,14 @@ class Sender:
         beat = Beat(rank=self._rank, pid=os.getpid(), kind=kind, phase=self._phase, step=self._step)
         with contextlib.suppress(OSError):  # not there yet, gone, or busy
             self._socket.sendto(beat.to_bytes(), self._path)
+
+
+_senders: dict[str, Sender] = {}
+
+
+def sender_of_process(folder: Path, rank: int, every: float = 1.0) -> Sender:
+    """The one that this process has for a folder: what a launcher has begun is gone on with."""
+    sender = _senders.get(str(folder))
+    if sender is None or sender.ended:
+        sender = _senders[str(folder)] = Sender(folder, rank, every)
+    return sender

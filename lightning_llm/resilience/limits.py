@@ -37,7 +37,7 @@ class Limits:
     def __init__(self, progress_timeout: float | Literal["auto"] = "auto") -> None:
         if progress_timeout != "auto" and not (isinstance(progress_timeout, int | float) and progress_timeout > 0):
             raise ConfigurationError(f"progress_timeout={progress_timeout!r} must be seconds above 0, or 'auto'.")
-        self._fixed = progress_timeout
+        self.progress_timeout = progress_timeout
         self._gaps: dict[Phase, deque[float]] = defaultdict(lambda: deque(maxlen=KEPT))
 
     def saw(self, phase: Phase, gap: float) -> None:
@@ -47,8 +47,8 @@ class Limits:
     def of(self, phase: Phase) -> float:
         """The limit of a phase, seconds."""
         steps = phase in ("train", "validate")
-        if self._fixed != "auto":
-            return self._fixed if steps else max(FLOORS[phase], self._fixed)
+        if self.progress_timeout != "auto":
+            return self.progress_timeout if steps else max(FLOORS[phase], self.progress_timeout)
         gaps = sorted(self._gaps[phase])
         if len(gaps) < WARM_UP:
             # Before that a slow machine must not look like a hung one.

@@ -1,7 +1,8 @@
 """The process beside the ranks of a node: it hears their beats, and says and does what there is to say and do.
 
 Started by the `Heartbeat` callback. It imports no torch, holds nothing of the training, and ends when all ranks have
-said goodbye or are gone.
+said goodbye or are gone. Under `lightning-llm launch` the launcher is that process, from before the first rank starts
+until the last one has ended, over all restarts.
 
     python -m lightning_llm.resilience.monitor '{"folder": "...", "ranks": 4, ...}'
 """
@@ -16,13 +17,15 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Literal
 
 from lightning_llm._processes import die_with
+from lightning_llm.errors import ConfigurationError
 from lightning_llm.resilience import stacks
-from lightning_llm.resilience.beats import LARGEST, SOCKET, Beat, socket_of
+from lightning_llm.resilience.beats import LARGEST, SOCKET, Beat, Terms, socket_of
 from lightning_llm.resilience.limits import Limits
 from lightning_llm.resilience.status import Status, serve
 from lightning_llm.resilience.watch import ALIVE_TIMEOUT, Verdict, Watch
@@ -62,37 +65,81 @@ class Monitor:
 
     Args:
         settings: See there.
+        launched: Whether whoever turns it sees by itself that ranks end.
+
+    Attributes:
+        ended: Ranks that were killed for their hanging, and why.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, launched: bool = False) -> None:
         self.settings = settings
-        self.folder, self.reports = Path(settings.folder), Path(settings.reports)
+        self.folder = Path(settings.folder)
         self.watch = Watch(Limits(settings.progress_timeout), settings.alive_timeout)
         self.status = Status(self.watch)
+        self.ended: dict[int, Verdict] = {}
+        self._launched = launched
         self._told: list[Verdict] = []
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(str(self.folder / SOCKET))
         self._socket.setblocking(False)
+        self._waiting = selectors.DefaultSelector()
+        self._waiting.register(self._socket, selectors.EVENT_READ)
+        self._server: ThreadingHTTPServer | None = None
+        self._serve()
 
     def run(self) -> None:
         """Until the last rank has ended."""
-        waiting = selectors.DefaultSelector()
-        waiting.register(self._socket, selectors.EVENT_READ)
         while not self._over():
-            waiting.select(self.settings.check_every)
-            self._hear()
-            self._look()
+            self.turn(self.settings.check_every)
+
+    def turn(self, seconds: float) -> None:
+        """Waits for beats, for so long at most, and looks at what is known."""
+        self._waiting.select(seconds)
+        self._hear()
+        self._look()
+
+    def start_over(self, ranks: int) -> None:
+        """Forgets the ranks: others will take their places."""
+        self._hear()
+        self.settings = replace(self.settings, ranks=ranks)
+        self.watch.ranks.clear()
+        self.ended.clear()
+        self._told = self.status.verdicts = []
+
+    def close(self) -> None:
+        """Gives up the sockets."""
+        self._socket.close()
+        if self._server is not None:
+            self._server.shutdown()
+
+    def _serve(self) -> None:
+        if self._server is None and self.settings.port is not None:
+            self._server = serve(self.status, self.settings.port)
 
     def _hear(self) -> None:
         with contextlib.suppress(BlockingIOError):
             while True:
-                beat = Beat.from_bytes(self._socket.recv(LARGEST))
-                if beat is not None:
+                data = self._socket.recv(LARGEST)
+                if (beat := Beat.from_bytes(data)) is not None:
                     self.watch.take(beat, time.monotonic())
+                elif (terms := Terms.from_bytes(data)) is not None:
+                    self._agree(terms)
+
+    def _agree(self, terms: Terms) -> None:
+        port = self.settings.port if self.settings.port is not None else terms.port
+        self.settings = replace(self.settings, **{**asdict(terms), "port": port})
+        self.watch.limits.progress_timeout = terms.progress_timeout
+        self.watch.alive_timeout = terms.alive_timeout
+        try:
+            self._serve()
+        except ConfigurationError as error:
+            _say(str(error))
 
     def _look(self) -> None:
         processes = {number: state for number, rank in self.watch.ranks.items() if (state := process_state(rank.pid))}
         verdicts = self.watch.judge(time.monotonic(), processes)
+        if self._launched:
+            verdicts = [verdict for verdict in verdicts if verdict.cause != "died"]
         self.status.verdicts = verdicts
         fresh = [verdict for verdict in verdicts if not any(_known(verdict, told) for told in self._told)]
         if self._told and not verdicts:
@@ -104,6 +151,7 @@ class Monitor:
     def _act(self, verdict: Verdict) -> None:
         self.status.count(verdict)
         blamed = verdict.ranks
+        reports = Path(self.settings.reports)
         lines = [str(verdict)]
         if verdict.cause not in ("died", "stopped"):
             found = self._stacks(verdict)
@@ -112,17 +160,18 @@ class Monitor:
                 blamed = tuple(odd)
                 lines.append(f"Not where the others stand: rank {', '.join(map(str, odd))}")
             for rank, text in found.items():
-                kept = stacks.file_of(self.reports, rank)
+                kept = stacks.file_of(reports, rank)
                 kept.write_text(text)
                 where = stacks.place(text)
                 lines.append(f"rank {rank} stands at {where[0] if where else '?'} ({kept})")
         entry = {**asdict(verdict), "blamed": blamed, "time": time.time()}
-        with (self.reports / VERDICTS).open("a") as file:
+        with (reports / VERDICTS).open("a") as file:
             file.write(json.dumps(entry) + "\n")
         _say("\n  ".join(lines))
         if self.settings.on_hang == "kill" and verdict.cause != "died":
             for rank in blamed:
                 _say(f"ending rank {rank}")
+                self.ended[rank] = verdict
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(self.watch.ranks[rank].pid, signal.SIGKILL)
 
@@ -173,12 +222,10 @@ def main() -> int:
     die_with(settings.parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training; this ends with it
     monitor = Monitor(settings)
-    server = serve(monitor.status, settings.port) if settings.port is not None else None
     try:
         monitor.run()
     finally:
-        if server is not None:
-            server.shutdown()
+        monitor.close()
     return 0
 
 

@@ -10,6 +10,7 @@ from typing import get_args
 
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.resilience.beats import Phase
+from lightning_llm.resilience.restarts import Kind
 from lightning_llm.resilience.watch import Cause, Verdict, Watch
 
 
@@ -27,10 +28,15 @@ class Status:
         self._watch = watch
         self.verdicts: list[Verdict] = []
         self._counts: Counter[str] = Counter(dict.fromkeys(get_args(Cause), 0))
+        self._restarts: Counter[str] = Counter(dict.fromkeys(get_args(Kind), 0))
 
     def count(self, verdict: Verdict) -> None:
         """A verdict that is new."""
         self._counts[verdict.cause] += 1
+
+    def restarted(self, kind: Kind) -> None:
+        """The launcher starts the ranks again, after a failure of this kind."""
+        self._restarts[kind] += 1
 
     def health(self) -> tuple[int, str]:
         """HTTP status and text: 200 where all is well, 503 with what is wrong."""
@@ -67,6 +73,11 @@ class Status:
                 "counter",
                 "What was found wrong, by cause",
                 {f'cause="{cause}"': times for cause, times in self._counts.items()},
+            ),
+            "restarts_total": (
+                "counter",
+                "Restarts by the launcher, by what ended the ranks",
+                {f'cause="{kind}"': times for kind, times in self._restarts.items()},
             ),
         }
         lines = []

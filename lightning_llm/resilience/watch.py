@@ -64,6 +64,7 @@ class RankState:
     step: int
     alive_at: float
     progress_at: float
+    began: int = 0  # step that it has started from
     ended: bool = False
 
 
@@ -87,12 +88,18 @@ class Watch:
             self.ranks[beat.rank] = RankState(beat.pid, beat.phase, beat.step, now, now)
             return
         rank.alive_at = now
-        if beat.kind == "end":
-            rank.ended = True
-        elif beat.kind == "progress":
+        rank.ended = beat.kind == "end"
+        if beat.phase == "first step":
+            rank.began = beat.step
+        if beat.kind == "progress":
             if beat.phase == rank.phase:
                 self.limits.saw(beat.phase, now - rank.progress_at)
             rank.phase, rank.step, rank.progress_at = beat.phase, beat.step, now
+
+    @property
+    def began(self) -> int:
+        """The step that the ranks have started from."""
+        return min((rank.began for rank in self.ranks.values()), default=0)
 
     def judge(self, now: float, processes: Mapping[int, str]) -> list[Verdict]:
         """What is wrong now.

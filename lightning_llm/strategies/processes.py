@@ -25,6 +25,7 @@ from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor, nn
 
+from lightning_llm.resilience.environment import ELASTIC_VARIABLE
 from lightning_llm.strategies.automatic import Workload, resolve_dims
 from lightning_llm.strategies.checks import (
     check_data,
@@ -60,6 +61,8 @@ class ProcessGrid(ParallelStrategy):
     ) -> None:
         super().__init__()
         self.sizes = dict(sizes)
+        if ELASTIC_VARIABLE in os.environ:  # nodes come and go: the other sizes stay, this one takes what there is
+            self.sizes["data_parallel_size"] = "auto"
         self.layout = layout
         self.process_group_backend = process_group_backend
         self.timeout = timeout

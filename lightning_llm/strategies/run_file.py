@@ -23,6 +23,7 @@ from lightning_llm.models.module import LLMModule, resolve_config
 from lightning_llm.planner import Layout, Plan, plan
 from lightning_llm.strategies.automatic import resolve_dims
 from lightning_llm.strategies.checks import check_plan, check_sequence
+from lightning_llm.strategies.deepspeed.strategy import LLM3DDeepSpeedStrategy
 from lightning_llm.strategies.llm3d import LLM3DStrategy
 from lightning_llm.strategies.stages import split_units
 
@@ -59,7 +60,7 @@ def plan_of_run(
     """
     if not Path(path).is_file():
         raise ConfigurationError(f"There is no run file {path}.")
-    config = _read(path)
+    config = read_run(["--config", str(path)])
     trainer = config.trainer
     architecture = resolve_config(config.model.model, config.model.vocab_size)
     strategy = _strategy(trainer.strategy)
@@ -119,30 +120,36 @@ def plan_of_run(
     return made, architecture
 
 
-def _read(path: str | Path) -> Namespace:
-    """The file's values, with the defaults of what it leaves out."""
+def read_run(arguments: list[str]) -> Namespace:
+    """The values of `fit`'s arguments, with the defaults of what they leave out."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
         reader = _Reader(
             LLMModule,
             TokenDataModule,
-            args=["--config", str(path)],
+            args=arguments,
             run=False,
             seed_everything_default=False,
             trainer_defaults={"strategy": "llm3d"},
             save_config_callback=None,
-            parser_kwargs={"prog": "lightning-llm plan"},
+            parser_kwargs={"prog": "lightning-llm"},
         )
     return reader.config
 
 
-def _strategy(given: Any) -> LLM3DStrategy:
-    """The strategy of a run file: a registered name, or a class with its arguments."""
-    strategy: Any = None
+def made_strategy(given: Any) -> Any:
+    """The strategy of a run file, made: a registered name, or one of our classes with its arguments; else None."""
     if isinstance(given, str) and given in StrategyRegistry:
-        strategy = StrategyRegistry.get(given)
-    elif isinstance(given, Namespace) and given.class_path.rpartition(".")[2] == LLM3DStrategy.__name__:
-        strategy = LLM3DStrategy(**given.init_args.as_dict())
+        return StrategyRegistry.get(given)
+    if isinstance(given, Namespace):
+        for kind in (LLM3DStrategy, LLM3DDeepSpeedStrategy):
+            if given.class_path.rpartition(".")[2] == kind.__name__:
+                return kind(**given.init_args.as_dict())
+    return None
+
+
+def _strategy(given: Any) -> LLM3DStrategy:
+    strategy = made_strategy(given)
     if not isinstance(strategy, LLM3DStrategy):
         shown = given.class_path if isinstance(given, Namespace) else given
         raise ConfigurationError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -27,7 +28,7 @@ from lightning_llm.errors import ConfigurationError, NoGoodCheckpointError
 from lightning_llm.registry import open_registry
 from tests.callbacks.checkpointing import ONE_BATCH, fit, names
 from tests.checkpoint.damage import flip_bit
-from tests.distributed import run_distributed
+from tests.distributed import run_distributed, run_on_gpu
 from tests.object_storage import ObjectStorage
 
 # -- what a user of ModelCheckpoint sees --
@@ -80,9 +81,9 @@ def test_it_keeps_what_model_checkpoint_keeps(tmp_path: Path, options: dict[str,
         assert verify(FolderStore(tmp_path / "AsyncDistributedCheckpoint"), name) == []
 
 
-def resume_last(folder: Path, world_size: int) -> list[list[float]]:
-    options: dict[str, Any] = {"every_n_train_steps": 3, "save_last": True}
-    common: dict[str, Any] = {"world_size": world_size, **ONE_BATCH}
+def resume_last(folder: Path, world_size: int, snapshot: str = "copy", **arguments: Any) -> list[list[float]]:
+    options: dict[str, Any] = {"every_n_train_steps": 3, "save_last": True, "snapshot": snapshot}
+    common: dict[str, Any] = {"world_size": world_size, **ONE_BATCH, **arguments}
     whole = fit(ModelCheckpoint(folder / "reference"), max_steps=10, **common)[1]
     fit(AsyncDistributedCheckpoint(folder / "run", **options), max_steps=7, **common)
     resumed = fit(AsyncDistributedCheckpoint(folder / "run", **options), max_steps=10, ckpt_path="last", **common)
@@ -94,6 +95,24 @@ def test_last_goes_on_from_the_newest_and_never_removes_it(tmp_path: Path, world
     whole, resumed, left = run_distributed(resume_last, world_size, tmp_path, world_size)[0]
     assert resumed == whole and len(resumed) == 4
     assert left == ["epoch=5-step=6.ckpt", "epoch=8-step=9.ckpt", "last.ckpt"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("snapshot", ["copy", "overlapped"])
+def test_a_gpu_goes_on_bit_by_bit_and_a_cpu_from_there(tmp_path: Path, snapshot: str, precision: str) -> None:
+    run = functools.partial(resume_last, accelerator="cuda", deterministic=True, precision=precision)
+    whole, resumed, left = run_on_gpu(run, tmp_path, 1, snapshot)
+    assert resumed == whole and len(resumed) == 4
+    assert all(verify(FolderStore(tmp_path / "run"), name) == [] for name in left)
+    on_cpu = run_distributed(resumed_losses, 1, tmp_path / "run" / left[0], precision)[0]
+    assert on_cpu == pytest.approx(whole, abs=1e-4 if precision == "32-true" else 0.02)
+
+
+def resumed_losses(checkpoint: Path, precision: str) -> list[float]:
+    callback = AsyncDistributedCheckpoint(checkpoint.parent)
+    return fit(callback, max_steps=10, ckpt_path=str(checkpoint), precision=precision, **ONE_BATCH)[1]
 
 
 def resume_from_alias(folder: Path) -> list[list[str]]:

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Subset
 
 from lightning_llm import LLMModule
-from lightning_llm.callbacks import AsyncDistributedCheckpoint, SpikeGuard
+from lightning_llm.callbacks import AsyncDistributedCheckpoint, Heartbeat, Preemption, SpikeGuard, Throughput
 from lightning_llm.checkpoint.pieces import Pieces
 from lightning_llm.errors import ConfigurationError, DivergedError
 from lightning_llm.strategies.state import ShardedState
-from tests.distributed import run_distributed
-from tests.strategies.training import BATCH_SIZE, SMALL, TokenRows, make_trainer
+from tests.distributed import run_distributed, run_on_gpu
+from tests.strategies.training import BATCH_SIZE, SMALL, TokenRows, loader, make_module, make_trainer
 
 BATCHES = 12
 slow = pytest.mark.slow
+ON_GPU = {"accelerator": "cuda", "deterministic": True}
 
 
 class Planted(LLMModule):
@@ -145,11 +148,61 @@ def test_a_skipped_batch_never_was(world_size: int, strategy: str, fault: float,
     run_distributed(skips, world_size, world_size, strategy, fault, arguments)
 
 
-def rewinds(folder: Path, world_size: int, strategy: str) -> None:
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    ("strategy", "fault", "arguments"),
+    [
+        pytest.param("llm3d", math.nan, {}, id="NaN"),
+        pytest.param("llm3d", 1e3, {"precision": "bf16-mixed"}, id="a spike, bfloat16"),
+        pytest.param("llm3d", math.nan, {"precision": "16-mixed"}, id="float16"),
+        pytest.param("llm3d", math.inf, {"module": {"optimizer": "muon"}}, id="Muon"),
+        pytest.param("llm3d_deepspeed_zero1", math.nan, {}, id="DeepSpeed ZeRO-1"),
+    ],
+)
+def test_a_skipped_batch_never_was_on_a_gpu(strategy: str, fault: float, arguments: dict[str, Any]) -> None:
+    run_on_gpu(skips, 1, strategy, fault, {**ON_GPU, **arguments})
+
+
+class RefusesToWait(Callback):
+    """Has torch raise whenever the host is made to wait for the device, from step 4 on."""
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        if trainer.global_step == 4:
+            torch.cuda.set_sync_debug_mode("error")
+
+    def on_train_end(self, *_: Any) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def trains_without_waiting(folder: Path, precision: str) -> int:
+    watchers = [sharp(), Preemption(), Heartbeat(), Throughput(every_n_steps=100)]
+    trainer = make_trainer(
+        "llm3d",
+        1,
+        accelerator="cuda",
+        precision=precision,
+        max_steps=8,
+        limit_val_batches=0,
+        default_root_dir=folder,
+        callbacks=[*watchers, RefusesToWait()],
+    )
+    trainer.fit(make_module(), loader(trainer, None))
+    return trainer.global_step
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_host_waits_for_nothing(tmp_path: Path, precision: str) -> None:
+    assert run_on_gpu(trains_without_waiting, tmp_path, precision) == 8
+
+
+def rewinds(folder: Path, world_size: int, strategy: str, lost: Sequence[int] = (4, 5), **arguments: Any) -> None:
     """Step 6 is a fault, and step 4 was saved: what steps 5 and 6 had is lost."""
     guard = sharp(max_skips=0)
-    trainer, state = fit(strategy, world_size, {5: math.nan}, set(), guard, folder)
-    _, wanted = fit(strategy, world_size, {}, {4, 5}, sharp())
+    trainer, state = fit(strategy, world_size, {5: math.nan}, set(), guard, folder, **arguments)
+    _, wanted = fit(strategy, world_size, {}, set(lost), sharp(), **arguments)
     assert (guard.rewinds, guard.skipped, trainer.global_step) == (1, 1, BATCHES)
     assert_equal(state, wanted)
 
@@ -167,6 +220,12 @@ def rewinds(folder: Path, world_size: int, strategy: str) -> None:
 )
 def test_a_rewound_run_is_one_without_the_window(tmp_path: Path, world_size: int, strategy: str) -> None:
     run_distributed(rewinds, world_size, tmp_path, world_size, strategy)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_goes_back_a_step_later(tmp_path: Path) -> None:
+    run_on_gpu(functools.partial(rewinds, lost=(4, 5, 6), **ON_GPU), tmp_path, 1, "llm3d")
 
 
 @pytest.mark.parametrize("saves", [True, False])

@@ -55,6 +55,35 @@ def test_small_models_answer_as_in_transformers(architecture, tmp_path):
     assert [output.token_ids for output in outputs] == expected
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_gpu_answers_as_transformers_does_on_a_cpu(architecture, tmp_path):
+    folder = folder_of(make_decoder(architecture, torch.float32), tmp_path)
+    asked = prompts(6)
+    expected = greedy_of_transformers(folder, asked, 24, pad_token_id=0)
+    sizes = {"block_size": 4, "max_num_seqs": 4, "max_num_batched_tokens": 16}
+    for cache in ({"kv_cache_blocks": 40}, {"kv_cache_blocks": 20, "swap_blocks": 40}, {}):
+        llm = LLM(folder, device="cuda", **sizes, **cache)
+        assert llm.engine.runner.kernel == "triton"  # the one that takes float32
+        for _ in range(2):  # the second time the prompts are in the cache
+            outputs = llm.generate(asked, SamplingParams(temperature=0, max_tokens=24))
+            assert [output.token_ids for output in outputs] == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8", "fp8"])
+def test_a_gpu_draws_the_same_tokens_however_it_is_asked(kv_cache_dtype, tmp_path):
+    folder = folder_of(make_decoder("llama", torch.bfloat16), tmp_path)
+    asked = prompts(6)
+    params = SamplingParams(temperature=0.8, top_p=0.9, top_k=40, seed=7, max_tokens=24, logprobs=3)
+    llm = LLM(folder, device="cuda", block_size=16, kv_cache_blocks=40, kv_cache_dtype=kv_cache_dtype)
+    together, again = llm.generate(asked, params), llm.generate(asked, params)
+    assert [output.token_ids for output in together] == [output.token_ids for output in again]
+    assert all(output.finish_reason in ("length", "stop") for output in together)
+
+
 def smollm2_agrees(questions: list[str], count: int) -> None:
     folder = smollm2_folder("float32")
     roomy = LLM(folder, kv_cache_blocks=512, max_num_seqs=32)

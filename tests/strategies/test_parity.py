@@ -14,7 +14,7 @@ from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
 from lightning_llm import DecoderConfig, LLM3DStrategy
-from tests.distributed import full, run_distributed
+from tests.distributed import full, run_distributed, run_on_gpu
 from tests.strategies.training import (
     BATCH_SIZE,
     SMALL,
@@ -191,6 +191,30 @@ def test_loss_curve_is_that_of_one_process(row: Layout, tmp_path: Path) -> None:
         assert seen["step_norms"] == pytest.approx(reference["step_norms"], rel=2e-3)
         assert seen["metrics"]["val_loss"] == pytest.approx(reference["metrics"]["val_loss"], abs=1e-4)
         assert seen["global_step"] == STEPS
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    ("model", "strategy"),
+    [
+        pytest.param("plain", {}, id="one GPU"),
+        pytest.param("tied", {"recompute": "selective"}, id="tied, recomputed in part"),
+        pytest.param("qk_norm", {"compile": True, "recompute": "full"}, id="compiled and recomputed"),
+        pytest.param("plain", {"offload_parameters": "cpu"}, id="offloaded"),
+        pytest.param("moe", {}, id="experts"),
+        pytest.param("shared", {"recompute": "full"}, id="experts with a routing bias, recomputed"),
+        pytest.param("plain", on_deepspeed(1), id="DeepSpeed ZeRO-1"),
+        pytest.param("tied", on_deepspeed(3), id="DeepSpeed ZeRO-3, tied"),
+    ],
+)
+def test_a_gpu_gives_the_curve_of_a_cpu(model: str, strategy: dict[str, Any]) -> None:
+    """In float32, without TF32."""
+    reference = curve_of_one_process(model, "")
+    seen = run_on_gpu(functools.partial(train, max_steps=STEPS, accelerator="cuda"), 1, strategy, MODELS[model])
+    assert seen["step_losses"] == pytest.approx(reference["step_losses"], abs=1e-4)
+    assert seen["step_norms"] == pytest.approx(reference["step_norms"], rel=2e-3)
+    assert seen["metrics"]["val_loss"] == pytest.approx(reference["metrics"]["val_loss"], abs=1e-4)
 
 
 def train_with_ddp(world_size: int) -> list[float]:

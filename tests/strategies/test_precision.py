@@ -11,8 +11,8 @@ from torch import nn
 
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.strategies.precision import COMPUTE_DTYPES, PARAMETER_DTYPES, LLMPrecision, LossScaler
-from tests.distributed import run_distributed
-from tests.strategies.training import Recorder, loader, make_module, make_strategy, make_trainer, on_deepspeed
+from tests.distributed import run_distributed, run_on_gpu
+from tests.strategies.training import Recorder, loader, make_module, make_strategy, make_trainer, on_deepspeed, train
 
 
 @pytest.mark.parametrize("name", ["16-true", "transformer-engine", "fp8"])
@@ -118,6 +118,19 @@ def test_mixed_precision_is_the_same_run_in_every_layout(
         assert seen["losses"] == pytest.approx(one["losses"], abs=0.01)
         assert seen["norms"] == pytest.approx(one["norms"], rel=0.03)
         assert seen["scale"] == one["scale"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    ("precision", "strategy"),
+    [("bf16-mixed", {}), ("bf16-mixed", {"compile": True}), ("16-mixed", {}), ("bf16-mixed", on_deepspeed(1))],
+)
+def test_mixed_precision_on_a_gpu_is_that_of_a_cpu(precision: str, strategy: dict[str, Any]) -> None:
+    run = functools.partial(train, max_steps=6, accelerator="cuda", precision=precision, limit_val_batches=0)
+    seen = run_on_gpu(run, 1, strategy)
+    assert seen["step_losses"] != by_one_process("32-true")["losses"]
+    assert seen["step_losses"] == pytest.approx(by_one_process(precision)["losses"], abs=0.02)
 
 
 @pytest.mark.parametrize(("world_size", "sizes", "accumulate"), LAYOUTS)

@@ -1,0 +1,98 @@
+"""How many ranks a node gets, and on how many nodes a run's layout can be: asked once, before anything is started."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lightning_llm.errors import ConfigurationError
+
+FIT = "fit"
+
+
+def ranks_of_node(asked: int | Literal["auto"], program: Sequence[str]) -> int:
+    """Ranks of each node.
+
+    Args:
+        asked: A number, or "auto": one per GPU; without GPUs the `trainer.devices` of `fit`'s files, or 1.
+        program: What is launched.
+    """
+    if asked != "auto":
+        return asked
+    devices = torch.cuda.device_count()
+    if not devices and program[0] == FIT:
+        devices = _read(program).trainer.devices
+    return devices if isinstance(devices, int) and devices > 0 else 1
+
+
+def usable_nodes(program: Sequence[str], ranks_per_node: int, nodes: tuple[int, int]) -> dict[int, int]:
+    """Of so many nodes, how many the layout can use: data-parallel size shrinks and grows, the other sizes stay.
+
+    Args:
+        program: What is launched; only `fit` with a strategy of ours is known, anything else takes what there is.
+        ranks_per_node: Processes.
+        nodes: The least and the most.
+
+    Raises:
+        ConfigurationError: The layout cannot be on the least number.
+    """
+    low, high = nodes
+    counts = range(low, high + 1)
+    if low == high or program[0] != FIT:
+        return {count: count for count in counts}
+    config = _read(program)
+    sizes = _sizes(config.trainer.strategy)
+    refused = {count: _refusal(config, sizes, count * ranks_per_node) for count in range(1, high + 1)}
+    possible = [count for count, why in refused.items() if why is None]
+    if not possible or possible[0] > low:
+        others = f" Nodes that can be used: {', '.join(map(str, possible))}." if possible else ""
+        raise ConfigurationError(f"--nnodes {low}:{high}: on {low} nodes of {ranks_per_node}: {refused[low]}{others}")
+    return {count: max(fewer for fewer in possible if fewer <= count) for count in counts}
+
+
+def _read(program: Sequence[str]) -> Any:
+    from lightning_llm.strategies.run_file import read_run
+
+    files = [word for flag, word in zip(program, program[1:], strict=False) if flag in ("-c", "--config")]
+    missing = [file for file in files if not Path(file).is_file()]
+    if missing:
+        raise ConfigurationError(f"There is no run file {missing[0]}.")
+    return read_run(_without_checkpoint(program[1:]))
+
+
+def _without_checkpoint(words: Sequence[str]) -> list[str]:
+    """`--ckpt_path` is of `fit` alone, not of its configuration."""
+    kept = list(words)
+    for at, word in enumerate(words):
+        if word.startswith("--ckpt_path"):
+            del kept[at : at + (1 if "=" in word else 2)]
+            break
+    return kept
+
+
+def _sizes(strategy: Any) -> dict[str, Any]:
+    """The sizes of a strategy of ours; none of any other."""
+    from lightning_llm.strategies.processes import ProcessGrid
+    from lightning_llm.strategies.run_file import made_strategy
+
+    made = made_strategy(strategy)
+    return made.sizes if isinstance(made, ProcessGrid) else {}
+
+
+def _refusal(config: Any, sizes: dict[str, Any], world_size: int) -> str | None:
+    """Why a layout cannot be on so many ranks; None where it can, or where its sizes are chosen then."""
+    from lightning_llm.data.module import TokenDataModule
+    from lightning_llm.strategies.mesh import ParallelDims
+
+    if not sizes or any(size == "auto" for name, size in sizes.items() if name != "data_parallel_size"):
+        return None
+    try:
+        dims = ParallelDims.resolve(world_size, **{**sizes, "data_parallel_size": "auto"})
+        data = TokenDataModule(**config.data.as_dict())
+        data.check_batch_size(dims.data_parallel_size, config.trainer.accumulate_grad_batches)
+    except ConfigurationError as error:
+        return str(error)
+    return None

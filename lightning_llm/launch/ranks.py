@@ -1,0 +1,91 @@
+"""The processes of one node: started by forking a server that has imported everything, ended with all they started."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+from lightning_llm.launch.worker import run
+
+PRELOAD = "lightning_llm.launch.preload"
+
+
+class Ranks:
+    """The ranks of this node, one life after another.
+
+    Args:
+        program: See `worker.run`.
+        folder: For their reports.
+        logs: Folder for their output; None leaves it on the launcher's.
+    """
+
+    def __init__(self, program: Sequence[str], folder: Path, logs: Path | None = None) -> None:
+        self._program = list(program)
+        self._folder = folder
+        self._logs = logs
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([PRELOAD])
+        self._processes: dict[int, ForkServerProcess] = {}
+
+    def start(self, environments: Mapping[int, Mapping[str, str]], attempt: int) -> None:
+        """Starts a process for each rank.
+
+        Args:
+            environments: By global rank.
+            attempt: Its number; output goes to `<logs>/attempt<N>/rank<R>.log`.
+        """
+        for rank, environment in environments.items():
+            log = self._logs / f"attempt{attempt}" / f"rank{rank}.log" if self._logs is not None else None
+            process = self._context.Process(
+                target=run, args=(self._program, dict(environment), self._folder, log), name=f"rank{rank}"
+            )
+            process.start()
+            self._processes[rank] = process
+
+    @property
+    def pids(self) -> dict[int, int]:
+        """Of the ranks that run."""
+        return {
+            rank: process.pid
+            for rank, process in self._processes.items()
+            if process.pid is not None and process.exitcode is None
+        }
+
+    def exits(self) -> dict[int, int]:
+        """Exit codes of the ranks that have ended, negative for signals."""
+        return {rank: code for rank, process in self._processes.items() if (code := process.exitcode) is not None}
+
+    def signal(self, signum: int) -> None:
+        """Sends a signal to the ranks, not to what they have started: a DataLoader's workers would die of it."""
+        for pid in self.pids.values():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signum)
+
+    def wait(self, seconds: float) -> bool:
+        """Waits until all have ended; returns whether they have."""
+        deadline = time.monotonic() + seconds
+        for process in self._processes.values():
+            process.join(max(0.0, deadline - time.monotonic()))
+        return not self.pids
+
+    def kill(self, ranks: Iterable[int] | None = None) -> None:
+        """Ends ranks (by default all) at once, with all they have started; suspended ones too."""
+        for rank in self._processes if ranks is None else ranks:
+            pid = self._processes[rank].pid
+            with suppress(ProcessLookupError, PermissionError):  # gone, or not yet a group's leader
+                os.killpg(pid or 0, signal.SIGKILL) if pid else None
+            if self._processes[rank].exitcode is None:
+                self._processes[rank].kill()
+        self.wait(10.0)
+
+    def clear(self) -> None:
+        """Forgets ranks that have ended, and their reports."""
+        self._processes.clear()
+        for report in self._folder.glob("failure-rank*.json"):
+            report.unlink(missing_ok=True)
