@@ -1,4 +1,4 @@
-"""`lightning-llm launch [options] -- fit -c run.yaml`; cli.py calls `main`."""
+"""`lightning-llm launch [slurm] [options] -- fit -c run.yaml`; cli.py calls `main`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Literal
 
 from lightning_llm.arguments import parse_arguments
 from lightning_llm.errors import ConfigurationError
+from lightning_llm.launch import slurm
 from lightning_llm.resilience.restarts import REQUEUE, RestartPolicy
 
 DEFAULT_PORT = 29500
@@ -95,6 +96,8 @@ class Options:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs what the command line says; returns the exit code."""
+    if arguments and arguments[0] == "slurm":
+        return slurm.main(list(arguments[1:]))
     own, program = _divide(list(arguments))
     options = Options(**parse_arguments(Options, own, "launch"))
     if not program:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from lightning_llm.arguments import parse_arguments
@@ -242,6 +242,8 @@ def main(arguments: list[str]) -> int:
     job, shall_submit = asked(**parse_arguments(asked, arguments[:at], "launch slurm"))
     script = render(job, arguments[at + 1 :])
     if shall_submit:
+        # Slurm makes no folders, and a job whose output it cannot write fails without a word.
+        Path(job.output_pattern).parent.mkdir(parents=True, exist_ok=True)
         print(submit(script))
     else:
         sys.stdout.write(script)

@@ -21,7 +21,7 @@ from tests.ports import free_port
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "munged")
 THIS = socket.gethostname().partition(".")[0]
-NODES = (THIS, "n2", "n3", "n4")  # all of them are this machine; the first has its name too
+NODES = (THIS, "n2", "n3", "n4")  # all of them are this machine; the first has its name too, and is the first choice
 
 CONFIGURATION = """
 ClusterName=test
@@ -113,7 +113,8 @@ def serve() -> Iterator[Cluster]:
 @contextmanager
 def _daemons(folder: Path) -> Iterator[dict[str, str]]:
     nodes = [
-        f"NodeName={name} NodeHostname={THIS} NodeAddr=127.0.0.1 Port={free_port()} CPUs=4 RealMemory=1000"
+        f"NodeName={name} NodeHostname={THIS} NodeAddr=127.0.0.1 Port={free_port()} CPUs=4 RealMemory=1000 "
+        f"Weight={1 if name == THIS else 2}"
         for name in NODES
     ]
     configuration = folder / "slurm.conf"
