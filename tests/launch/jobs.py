@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -36,6 +37,7 @@ class Job:
     heartbeat: dict[str, Any] = field(default_factory=dict)
     max_steps: int = STEPS
     save_every: int = 4
+    port: int = 0
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -112,6 +114,12 @@ class Job:
 
     def log(self, name: str = "launcher") -> Path:
         return self.folder / f"{name}.log"
+
+    @property
+    def listening(self) -> bool:
+        """Whether the launchers' store is there."""
+        with socket.socket() as probe:
+            return probe.connect_ex(("localhost", self.port)) == 0
 
     @property
     def said(self) -> str:
