@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import signal
 import time
@@ -29,6 +30,7 @@ class Ranks:
         self._program = list(program)
         self._folder = folder
         self._logs = logs
+        _start_tracker()
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([PRELOAD])
         self._processes: dict[int, ForkServerProcess] = {}
@@ -89,3 +91,13 @@ class Ranks:
         self._processes.clear()
         for report in self._folder.glob("failure-rank*.json"):
             report.unlink(missing_ok=True)
+
+
+def _start_tracker() -> None:
+    """Starts multiprocessing's own helper deaf to SIGUSR1, which a scheduler may send to the launcher's whole group.
+
+    To SIGINT and SIGTERM it is deaf of itself.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    multiprocessing.resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
