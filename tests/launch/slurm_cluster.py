@@ -1,6 +1,6 @@
-"""A Slurm cluster of four nodes on this machine, from the distribution's packages, with keys, ports and files of its own.
+"""A Slurm cluster of four nodes on this machine, from the distribution's packages, with keys, ports, files of its own.
 
-    apt-get install --no-install-recommends slurm-wlm slurmctld slurmd slurm-client munge
+On Debian: apt-get install --no-install-recommends slurm-wlm slurmctld slurmd slurm-client munge
 """
 
 from __future__ import annotations
