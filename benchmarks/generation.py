@@ -78,11 +78,13 @@ class ContinuousBatching:
         logging.getLogger("transformers").setLevel(logging.ERROR)
         self.limit = limit
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(DEVICE).eval()
+        # Called page_size in later releases than 5.17 of transformers.
+        pages = "page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
         page_size = 32
         self.manager = model.init_continuous_batching(
             GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
             ContinuousBatchingConfig(
-                page_size=page_size, num_blocks=most * -(-longest // page_size), max_batch_tokens=2048
+                num_blocks=most * -(-longest // page_size), max_batch_tokens=2048, **{pages: page_size}
             ),
         )
         self.manager.start()

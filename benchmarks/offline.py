@@ -23,6 +23,7 @@ def measure_offline(
     output_len: int,
     rounds: int,
     limit: float,
+    peers: Sequence[str],
 ) -> dict[str, Any]:
     """Tokens per second of each side, by how many prompts there are at once.
 
@@ -30,8 +31,11 @@ def measure_offline(
     """
     most = max(concurrencies)
     ours = OurEngine(folder, dtype, most)
-    continuous = ContinuousBatching(folder, dtype, input_len + output_len + 1, most, limit)
-    sides: list[Side] = [ours, StaticBatch(folder, dtype), continuous]
+    sides: list[Side] = [ours]
+    if StaticBatch.name in peers:
+        sides.append(StaticBatch(folder, dtype))
+    if ContinuousBatching.name in peers:
+        sides.append(ContinuousBatching(folder, dtype, input_len + output_len + 1, most, limit))
     found: dict[str, Any] = {}
     gave_up: dict[str, str] = {}
     for count in concurrencies:
@@ -57,7 +61,9 @@ def measure_offline(
                 if turn and name != ours.name:
                     agreed[name].append(_agreement(answers[ours.name], theirs))
         found[str(count)] = _compare(turns, agreed, count * output_len)
-    continuous.close()
+    for side in sides:
+        if isinstance(side, ContinuousBatching):
+            side.close()
     return {"sides": found, "gave_up": gave_up, "input_len": input_len, "output_len": output_len}
 
 

@@ -31,6 +31,7 @@ from lightning_llm.serving.loading.cache import ModelCache
 from lightning_llm.serving.loading.sources import local_folder
 
 HERE = Path(__file__).parent
+PEERS = ("generate", "continuous batching")
 ACCEPTED_OVERHEAD = 1.05  # of the server over the engine alone, in wall time
 
 
@@ -52,6 +53,7 @@ def offline(arguments: argparse.Namespace, folder: Path, dtype: torch.dtype) -> 
         output_len=arguments.output_len or (16 if quick else 128),
         rounds=arguments.rounds or (2 if quick else 3),
         limit=arguments.limit,
+        peers=arguments.peers,
     )
     print_offline(found)
     return found
@@ -115,6 +117,7 @@ def main() -> int:
     parser.add_argument("--input-len", type=int, help="tokens of a prompt; by default 128, or 32 if quick")
     parser.add_argument("--output-len", type=int, help="of an answer; by default 128 (overhead: 64), or 16 if quick")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds after which a peer's turn is given up")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS, help="of our engine, offline")
     parser.add_argument("--goodput", nargs="+", default=["ttft:2000", "tpot:200"], help="limits of a good request, ms")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "serve.json")
     parser.add_argument("--check", action="store_true", help="fail if the server's overhead is above what is accepted")

@@ -20,7 +20,9 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_llm import DecoderConfig, LLMModule
 
-TOLERANCE = {"32-true": 1e-4, "bf16-mixed": 2e-2}  # of losses, nats per token; and of gradient norms, relative
+# Of losses, nats per token, and of gradient norms, relative; and in how many steps. Kernels that add up in any order
+# part two runs in bfloat16 sooner or later.
+TOLERANCES = {"32-true": (1e-4, 1e-4, None), "bf16-mixed": (0.02, 0.05, 3)}
 
 
 class BatchLayout(Protocol):
@@ -132,12 +134,12 @@ class Job(Generic[LayoutT]):
             RuntimeError: Two sides did not compute the same.
         """
         first, *others = losses
-        tolerance = TOLERANCE[self.recipe.precision]
+        of_losses, of_norms, steps = TOLERANCES[self.recipe.precision]
         for side in others:
-            for step in range(self.total_steps):
+            for step in range(steps or self.total_steps):
                 here, there = losses[side][step], losses[first][step]
-                if not abs(here - there) <= tolerance:
+                if not abs(here - there) <= of_losses:
                     raise RuntimeError(f"{self.layout.name}, step {step}: loss {here} of {side}, {there} of {first}")
                 here, there = norms[side][step], norms[first][step]
-                if not abs(here - there) <= tolerance * max(1.0, there):
+                if not abs(here - there) <= of_norms * max(1.0, there):
                     raise RuntimeError(f"{self.layout.name}, step {step}: norm {here} of {side}, {there} of {first}")

@@ -93,6 +93,7 @@ def _fork(rank: int, world_size: int, folder: Path, function: Callable[..., Any]
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT="29500",
         )
+        torch.cuda.is_available = lambda: False  # what the process may have asked of CUDA does not survive the fork
         dist.init_process_group(
             "gloo",
             init_method=f"file://{folder}/store",

@@ -40,6 +40,8 @@ class StepProgressBar(TQDMProgressBar):
         ConfigurationError: `line_interval` is negative.
     """
 
+    shows_train_loss = True  # by itself: `LLMModule` need not have Lightning tell it at every step
+
     def __init__(self, refresh_rate: int = 1, line_interval: float = 10.0) -> None:
         if line_interval < 0:
             raise ConfigurationError(f"StepProgressBar(line_interval={line_interval}): seconds cannot be negative")

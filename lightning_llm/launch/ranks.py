@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
-import multiprocessing.resource_tracker
 import os
 import signal
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from multiprocessing import resource_tracker
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -30,9 +30,9 @@ class Ranks:
         self._program = list(program)
         self._folder = folder
         self._logs = logs
-        _start_tracker()
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([PRELOAD])
+        _start_tracker()
         self._processes: dict[int, ForkServerProcess] = {}
 
     def start(self, environments: Mapping[int, Mapping[str, str]], attempt: int) -> None:
@@ -94,10 +94,16 @@ class Ranks:
 
 
 def _start_tracker() -> None:
-    """Starts multiprocessing's own helper deaf to SIGUSR1, which a scheduler may send to the launcher's whole group.
+    """Starts what removes the semaphores of ranks that were killed, and has it do so without a warning.
 
-    To SIGINT and SIGTERM it is deaf of itself.
+    It is deaf to what a scheduler sends to the launcher's whole group: to SIGTERM of itself, to SIGUSR1 through this.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
-    multiprocessing.resource_tracker.ensure_running()
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    heard = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    before = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (before, "ignore:resource_tracker:UserWarning")))
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_SETMASK, heard)
+    if before is None:
+        del os.environ["PYTHONWARNINGS"]
+    else:
+        os.environ["PYTHONWARNINGS"] = before

@@ -229,7 +229,7 @@ class LLMModule(LightningModule):
         """One batch's loss, logged as `train_loss`."""
         self._weigh_router_losses(len(batch["input_ids"]))
         loss = self.forward_loss(batch)
-        self.log("train_loss", loss.detach(), prog_bar=True, sync_dist=True)
+        self.log("train_loss", loss.detach(), prog_bar=self._bar_is_told, sync_dist=True)
         return loss
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
@@ -251,6 +251,15 @@ class LLMModule(LightningModule):
         tokens = round(float(self.loss_denominator(batch["labels"])) * ranks)
         self.log(name, loss, prog_bar=True, sync_dist=True, on_epoch=True, batch_size=max(1, tokens))
 
+    @property
+    def _bar_is_told(self) -> bool:
+        """Whether the progress bar must be told of the loss, rather than look at it when it draws (`StepProgressBar`).
+
+        What Lightning tells a bar it reads off the device at every step, and so waits for it.
+        """
+        bar = self.trainer.progress_bar_callback
+        return bar is not None and not getattr(bar, "shows_train_loss", False)
+
     # -- mixture of experts --
 
     def _weigh_router_losses(self, sequences: int) -> None:
@@ -264,7 +273,8 @@ class LLMModule(LightningModule):
         ranks_per_sequence = getattr(strategy, "ranks_per_sequence", 1)
         parts = self.trainer.accumulate_grad_batches
         # A tensor: a strategy that weighs batches by their tokens multiplies it before the backward.
-        losses.scale = torch.tensor(loss_scale * ranks_per_sequence / (sequences * parts), device=self.device)
+        # Filled, not copied from the host, which would wait for the device.
+        losses.scale = torch.full((), loss_scale * ranks_per_sequence / (sequences * parts), device=self.device)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Logs how balanced the experts are, over all ranks, and corrects the biases of routers that have them.

@@ -17,9 +17,13 @@ from torch import nn
 from lightning_llm.models.config import DecoderConfig
 from lightning_llm.planner import choose_sizes
 from lightning_llm.planner.devices import device_named
+from lightning_llm.planner.layout import PRECISIONS
 from lightning_llm.strategies.layout import Layout
 from lightning_llm.strategies.mesh import IN_WORLD_SIZE, ParallelDims, Size, check_size
 from lightning_llm.strategies.plan import ParallelPlan, plan_of
+
+# What the planner counts bytes by. Others, float64, go by the number of parameters.
+_PLANNED_AS = {**{name: name for name in PRECISIONS}, "16-mixed": "bf16-mixed"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +83,8 @@ def resolve_dims(
     undecided = {name for name, size in sizes.items() if size == "auto"} - {"data_parallel_size"}
     plan = plan_of(model) if model is not None else None
     config = getattr(model, "config", None)
-    if undecided and workload is not None and isinstance(config, DecoderConfig) and _data_is_free(sizes):
+    plannable = workload is not None and workload.precision in _PLANNED_AS and _data_is_free(sizes)
+    if undecided and workload is not None and plannable and isinstance(config, DecoderConfig):
         chosen |= _by_planner(config, sizes, undecided, workload, world_size, devices_per_node)
     elif undecided:
         chosen |= dict.fromkeys(undecided, 1)
@@ -110,7 +115,7 @@ def _by_planner(
         device_name=workload.device_name,
         seq_len=workload.seq_len,
         global_batch=workload.global_batch,
-        precision=workload.precision,
+        precision=_PLANNED_AS[workload.precision],
         zero_stage=settings.zero_stage,
         recompute="selective" if isinstance(settings.recompute, float) else settings.recompute,
         pipeline_schedule=settings.schedule.name,

@@ -75,10 +75,10 @@ def test_a_rank_that_hangs_is_named_ended_and_replaced(
     job: Callable[..., Job], undisturbed: Callable[..., dict[int, float]], kind: str, finding: str
 ) -> None:
     fault = {"kind": kind, "phase": "train", "rank": 1, "step": 6}
-    made = job(fault=fault, heartbeat={"progress_timeout": 3.0, "alive_timeout": 2.0})
+    made = job(ranks=4, fault=fault, heartbeat={"progress_timeout": 3.0, "alive_timeout": 2.0})
     assert made.run() == 0, made.said
     assert finding in made.said and "ending rank 1" in made.said
-    assert made.curve() == undisturbed()
+    assert made.curve() == undisturbed(4)
 
 
 def test_the_same_error_twice_ends_the_run_with_93(job: Callable[..., Job]) -> None:

@@ -68,13 +68,13 @@ def test_experts_are_spread_over_all_ranks_that_can_hold_them() -> None:
     assert resolve_dims(model, sizes, world_size=6, devices_per_node=6).expert_parallel_size == 2, "8 experts, 6 ranks"
 
 
-H100 = {"device_name": "h100", "memory_bytes": 80 * 10**9, "precision": "bf16-mixed"}
+H100 = {"device_name": "h100", "memory_bytes": 80 * 10**9}
 
 
-def planned(preset: str, world_size: int, layout: Layout, **sizes: Any) -> ParallelDims:
+def planned(preset: str, world_size: int, layout: Layout, precision: str = "bf16-mixed", **sizes: Any) -> ParallelDims:
     with torch.device("meta"):
         model = Decoder(DecoderConfig.preset(preset))
-    workload = Workload(layout=layout, seq_len=8192, **H100)  # type: ignore[arg-type]
+    workload = Workload(layout=layout, seq_len=8192, precision=precision, **H100)  # type: ignore[arg-type]
     automatic: dict[str, Any] = {**dict.fromkeys(AUTOMATIC, "auto"), **sizes}
     return resolve_dims(model, automatic, world_size=world_size, devices_per_node=8, workload=workload)
 
@@ -90,6 +90,13 @@ def test_on_a_known_device_the_planner_decides() -> None:
     assert experts.expert_parallel_size == 8 and experts.world_size == 64
     with pytest.raises(ConfigurationError, match="memory"):
         planned("llama3-405b", 8, selective)
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "64-true"])
+def test_precisions_that_the_planner_does_not_count_in_have_sizes_too(precision: str) -> None:
+    for preset in ("tiny", "llama3-70b"):
+        found = planned(preset, 64, Layout(recompute="selective"), precision=precision)
+        assert found.world_size == 64 and (found.tensor_parallel_size > 1) == (preset != "tiny")
 
 
 def test_a_device_that_is_in_no_table_is_left_to_the_models_size() -> None:
