@@ -27,6 +27,7 @@ ENVIRONMENT = [
     f"export PYTHONPATH={ROOT} OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=lo",
 ]
 PATIENT = {"alive_timeout": 20.0}  # a heartbeat's, where daemons and launchers share few cores
+QUICK = ("--output=/dev/null", "--wrap=sleep 1")
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def signal_the_batch_shell(job: Submitted) -> None:
 
 
 def have_an_urgent_job_take_the_nodes(job: Submitted) -> None:
-    job.cluster.call("sbatch", "--partition=urgent", "--exclusive", f"--nodes={len(NODES)}", "--wrap=sleep 1")
+    job.cluster.call("sbatch", "--partition=urgent", "--exclusive", f"--nodes={len(NODES)}", *QUICK)
 
 
 def wait_for_the_end_of_its_time(job: Submitted) -> None:
