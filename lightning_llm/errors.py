@@ -60,6 +60,12 @@ class NoGoodCheckpointError(EndOfRunError):
     EXIT_CODE = 77
 
 
+class TakenOverError(EndOfRunError):
+    """Another run goes on from this one's checkpoints, since it was taken for dead; exit code 93: do not restart."""
+
+    EXIT_CODE = 93
+
+
 class StragglerError(EndOfRunError):
     """This rank slows all others down and shall be left out; exit code 75: queue it again, without this machine."""
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import signal
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from torch import Tensor
 
+from lightning_llm.errors import EndOfRunError
 from lightning_llm.strategies.launcher import ProcessLauncher
+
+log = logging.getLogger(__name__)
 
 
 def dump_checkpoint(trainer: pl.Trainer, weights_only: bool) -> dict[str, Any]:
@@ -25,6 +30,14 @@ def checkpoint_folder(callback: ModelCheckpoint, trainer: pl.Trainer) -> str:
 def log_step(trainer: pl.Trainer) -> None:
     """Gives the loggers this step's metrics, as the loop does behind the hook `on_train_batch_end`."""
     trainer._logger_connector.update_train_step_metrics()
+
+
+def metrics_of_last_batch(trainer: pl.Trainer) -> dict[str, Tensor]:
+    """What `self.log` was given until the batch before this one, as it is, on its device; not to be changed.
+
+    `trainer.callback_metrics` would also turn what the progress bar shows into numbers, for which the host waits.
+    """
+    return trainer._logger_connector._callback_metrics
 
 
 def run_last(callback: Callback, trainer: pl.Trainer) -> None:
@@ -58,6 +71,14 @@ def release_children(trainer: pl.Trainer) -> None:
     launcher = trainer.strategy.launcher
     if isinstance(launcher, _SubprocessScriptLauncher) and not isinstance(launcher, ProcessLauncher):
         launcher.procs.clear()  # the list that the observer looks at
+
+
+def end_run(trainer: pl.Trainer, error: EndOfRunError, level: int = logging.ERROR) -> NoReturn:
+    """Says once why the run ends, and ends it, on all ranks alike."""
+    if trainer.is_global_zero:
+        log.log(level, error.message)
+    release_children(trainer)
+    raise error
 
 
 def kill_children(trainer: pl.Trainer) -> None:

@@ -41,6 +41,11 @@ class Reading:
         """Whether who asks at once waits for the device."""
         return self._copied is not None
 
+    @property
+    def ready(self) -> bool:
+        """Whether the device has come to it."""
+        return self._copied is None or self._copied.query()
+
     def value(self) -> Tensor:
         """The tensor, on the host."""
         if self._copied is not None:

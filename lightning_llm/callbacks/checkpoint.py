@@ -22,19 +22,20 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_llm.callbacks._lightning import checkpoint_folder, dump_checkpoint
+from lightning_llm.callbacks._lightning import checkpoint_folder, dump_checkpoint, end_run
 from lightning_llm.callbacks.bucket_files import register_bucket_files
 from lightning_llm.callbacks.housekeeping import Housekeeping, PendingSave, attempt, place_of
 from lightning_llm.callbacks.interval import IntervalAdvice
 from lightning_llm.callbacks.registration import register_checkpoint
 from lightning_llm.checkpoint.assets import module_assets
+from lightning_llm.checkpoint.claim import claim, taken_over
 from lightning_llm.checkpoint.plugin import VerifiedCheckpointIO, collect_whole
 from lightning_llm.checkpoint.random_state import random_state
 from lightning_llm.checkpoint.saver import CheckpointSaver, Outcome, check_numbers
 from lightning_llm.checkpoint.selection import newest_step
 from lightning_llm.checkpoint.store import open_store, split_url
 from lightning_llm.checkpoint.worker import Verify
-from lightning_llm.errors import CheckpointError, ConfigurationError
+from lightning_llm.errors import CheckpointError, ConfigurationError, TakenOverError
 from lightning_llm.strategies.state import ShardedState
 
 log = logging.getLogger(__name__)
@@ -171,7 +172,9 @@ class AsyncDistributedCheckpoint(ModelCheckpoint):
         if not isinstance(strategy, ShardedState) and not isinstance(strategy.checkpoint_io, VerifiedCheckpointIO):
             strategy.checkpoint_io = VerifiedCheckpointIO()
         if stage == "fit" and trainer.is_global_zero:
-            attempt(open_store(str(self.dirpath)).sweep)
+            store = open_store(str(self.dirpath))
+            attempt(store.sweep)
+            attempt(claim, store)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -441,6 +444,8 @@ class AsyncDistributedCheckpoint(ModelCheckpoint):
             f"The checkpoint {outcome.path} of step {outcome.step} could not be saved ({outcome.attempts} attempts): "
             f"{outcome.error}"
         )
+        if trainer.strategy.broadcast(bool(taken_over(open_store(split_url(flight.path)[0])))):
+            end_run(trainer, TakenOverError(text))
         limit = {"retry": self.max_failures, "raise": 1}.get(self.on_failure)
         if limit is not None and self.failures >= limit:
             raise CheckpointError(f"{text}. It is the {self.failures}. in a row; earlier checkpoints are as they were.")

@@ -16,6 +16,7 @@ from typing import IO, Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from lightning_llm.callbacks.figures import Figures
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.resilience import stacks
 from lightning_llm.resilience.beats import Phase, Sender, Terms, sender_of_process
@@ -41,7 +42,9 @@ class Heartbeat(Callback):
         on_hang: "report"; "kill" ends the ranks that are to blame too, so that the run ends instead of waiting for its
             collectives' timeout; "auto" does where `lightning-llm launch` starts them again, and else reports.
         dirpath: For verdicts and stacks; a folder `heartbeat` in the Trainer's `default_root_dir` by default.
-        port: Of this node's `/healthz` (503 while something is wrong) and `/metrics` (Prometheus); None for none.
+        port: Of this node's `/healthz` (503 while something is wrong) and `/metrics` (Prometheus); None for none. With
+            the beats of the node's first rank, once a second at most, go loss, speed, the newest checkpoint and the
+            slowest rank; the host waits for no device for them.
         every: Seconds between signs of life.
 
     Raises:
@@ -77,6 +80,7 @@ class Heartbeat(Callback):
         self._monitor: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
         self._stacks: IO[str] | None = None
+        self._figures: Figures | None = None
 
     @property
     def monitor_pid(self) -> int | None:
@@ -94,14 +98,14 @@ class Heartbeat(Callback):
         reports = Path(self._dirpath or Path(trainer.default_root_dir) / "heartbeat").absolute()
         if trainer.local_rank == 0:
             reports.mkdir(parents=True, exist_ok=True)
+            self._figures = Figures()
         wishes = {**self._settings, "on_hang": on_hang, "reports": str(reports)}
         if launched is not None:
             folder = Path(launched)
         else:
             name = trainer.strategy.broadcast(f"heartbeat-{os.getpid()}-{os.urandom(4).hex()}")
-            folder = self._folder = (
-                Path(tempfile.gettempdir()) / name
-            )  # the same on all nodes; sockets need short paths
+            # The same on all nodes; sockets need short paths.
+            folder = self._folder = Path(tempfile.gettempdir()) / name
             folder.mkdir(mode=0o700, exist_ok=True)
             if trainer.local_rank == 0:
                 self._monitor = _start_monitor(folder, max(1, trainer.num_devices), wishes)
@@ -139,7 +143,8 @@ class Heartbeat(Callback):
 
     def _tell(self, trainer: Trainer, phase: Phase) -> None:
         if self._sender is not None:
-            self._sender.progress(phase, trainer.global_step)
+            figures = self._figures.read(trainer) if self._figures is not None else None
+            self._sender.progress(phase, trainer.global_step, figures)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

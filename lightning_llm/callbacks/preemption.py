@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
@@ -23,18 +23,16 @@ from typing_extensions import override
 
 from lightning_llm.callbacks._lightning import (
     checkpoint_folder,
+    end_run,
     keep_signals_from_lightning,
     kill_children,
     log_step,
-    release_children,
     return_signals_to_lightning,
     run_last,
 )
 from lightning_llm.callbacks.agreement import Reading, maximum_over_ranks
 from lightning_llm.callbacks.checkpoint import AsyncDistributedCheckpoint
 from lightning_llm.errors import CheckpointError, ConfigurationError, PreemptedError
-
-log = logging.getLogger(__name__)
 
 
 class Preemption(Callback):
@@ -160,17 +158,14 @@ class Preemption(Callback):
         told = int(self.received is not None)
         return Reading(maximum_over_ranks(torch.full((), told, device=trainer.strategy.root_device)))
 
-    def _stop(self, trainer: pl.Trainer) -> None:
+    def _stop(self, trainer: pl.Trainer) -> NoReturn:
         why = self.received.name if self.received is not None else "Another rank was told to stop"
         try:
             saved = f"saved {_save(trainer)}"
         except (CheckpointError, OSError) as error:
             saved = f"nothing was saved: {error}"
-        message = f"{why}: stopped after step {trainer.global_step}, {saved}"
-        if trainer.is_global_zero:
-            log.warning(message)
-        release_children(trainer)
-        raise PreemptedError(message)
+        ending = PreemptedError(f"{why}: stopped after step {trainer.global_step}, {saved}")
+        end_run(trainer, ending, logging.WARNING)
 
 
 def _save(trainer: pl.Trainer) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_llm.callbacks._lightning import release_children
+from lightning_llm.callbacks._lightning import end_run
 from lightning_llm.callbacks.agreement import Reading, maximum_over_ranks
 from lightning_llm.callbacks.checkpoint import AsyncDistributedCheckpoint
 from lightning_llm.checkpoint.plugin import VerifiedCheckpointIO
@@ -311,11 +311,7 @@ class SpikeGuard(Callback):
             )
 
     def _diverged(self, trainer: pl.Trainer, why: str) -> NoReturn:
-        message = f"Training has diverged: {why}"
-        if trainer.is_global_zero:
-            log.error(message)
-        release_children(trainer)
-        raise DivergedError(message)
+        end_run(trainer, DivergedError(f"Training has diverged: {why}"))
 
 
 def _median(rows: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ prefix/step=1000.ckpt/1f3a.../rank_00000.safetensors   a file of a draft, commit
 prefix/step=1000.ckpt/1f3a.../DRAFT.json               who began the draft
 prefix/last.ckpt/ALIAS.json                            another name of a checkpoint
 prefix/step=1000.ckpt.corrupt                          a note that the checkpoint is damaged
+prefix/.claim                                          which process saves here
 
 There is no rename in object storage, so a draft is uploaded to where it stays, and a single conditional PUT of
 `COMMIT.json` makes it the checkpoint. Nothing depends on the order of listings. Where a name has `COMMIT.json` and
@@ -33,7 +34,7 @@ from lightning_llm.checkpoint.objects import PART_SIZE, Objects, StorageError
 from lightning_llm.checkpoint.owner import is_running, machine, this_process
 from lightning_llm.errors import ConfigurationError
 
-COMMIT, ALIAS, DRAFT = "COMMIT.json", "ALIAS.json", "DRAFT.json"
+COMMIT, ALIAS, DRAFT, CLAIM = "COMMIT.json", "ALIAS.json", "DRAFT.json", ".claim"
 STALE = timedelta(days=1)  # without a new object, after which a draft of another machine is taken for abandoned
 _ENVELOPE = re.compile(rb'\{"attempt": "([^"]+)", "manifest":\n(.*)\}\n', re.DOTALL)
 
@@ -282,6 +283,15 @@ class BucketStore:
         self._refuse_foreign(name)
         self._objects.put(self._key(name, ALIAS), json.dumps({"target": target}).encode())
         self._remove_commit(name, self._read_commit(name))
+
+    def claim(self, owner: str) -> None:
+        """Puts `.claim`."""
+        self._objects.put(self._key(CLAIM), owner.encode())
+
+    def claimant(self) -> str:
+        """Reads `.claim`."""
+        stored = self._objects.get(self._key(CLAIM))
+        return stored.body.decode(errors="replace") if stored else ""
 
     def mark(self, name: str, report: dict[str, Any] | None) -> None:
         """Puts or deletes `NAME.corrupt`; where nothing may be written, nothing happens."""

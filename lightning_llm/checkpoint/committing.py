@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 
 from lightning_llm._version import __version__, lightning_version
+from lightning_llm.checkpoint.claim import check_claim
 from lightning_llm.checkpoint.digest import FileRecord
 from lightning_llm.checkpoint.manifest import Manifest, secret
 from lightning_llm.checkpoint.planning import SavePlan, rank_file, size_of
@@ -149,6 +150,7 @@ class _Committer:
             weights_only=self.job.weights_only,
             algorithm=self.algorithm,
         )
+        check_claim(self.store)
         self.store.commit(self.location, name, manifest.to_bytes(secret()))
         return manifest.size
 

@@ -4,6 +4,7 @@ root/step=1000.ckpt/manifest.json, rank_00000.safetensors, ...    committed
 root/.staging-step=1000.ckpt-host-4711.93-1f3a/                   a draft, or what is left of one
 root/.trash-...                                                   being removed
 root/step=1000.ckpt.corrupt                                       a note that the checkpoint is damaged
+root/.claim                                                       which process saves here
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from lightning_llm.checkpoint.manifest import MANIFEST, Manifest, uuid_of
 from lightning_llm.checkpoint.owner import is_running, machine, this_process
 from lightning_llm.errors import ConfigurationError
 
+CLAIM = ".claim"
 STALE = 3600.0  # seconds without a change after which a draft of another machine is taken for abandoned
 _OWNED = re.compile(r"\.(?:staging|trash)-.*-(?P<machine>[^-]+)-(?P<process>\d+(?:\.\d+)?)-[^-]+")
 _ALWAYS_THERE = ("index.json", "rank_00000.safetensors")  # in a checkpoint, beside its manifest
@@ -223,6 +225,21 @@ class FolderStore:
         link = self.root / self._owned("trash", name, uuid4().hex[:8])
         link.symlink_to(target)
         self._put(link, self.root / name)
+
+    def claim(self, owner: str) -> None:
+        """Writes `.claim`, and syncs it: a machine that fails must not forget it."""
+        make_folder(self.root)
+        new = self.root / f"{CLAIM}.{this_process()}"
+        write_file(new, [owner.encode()], "xxh3_128")
+        new.replace(self.root / CLAIM)
+        sync(self.root)
+
+    def claimant(self) -> str:
+        """Reads `.claim`."""
+        try:
+            return (self.root / CLAIM).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return ""
 
     def mark(self, name: str, report: dict[str, Any] | None) -> None:
         """Writes or removes `NAME.corrupt`; on a file system that is read-only nothing happens."""

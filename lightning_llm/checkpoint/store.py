@@ -121,6 +121,14 @@ class CheckpointStore(Protocol):
         """Makes `name` another name of the checkpoint `target`, in one step; where it was an alias, it moves."""
         ...
 
+    def claim(self, owner: str) -> None:
+        """Notes which process saves here from now on."""
+        ...
+
+    def claimant(self) -> str:
+        """The process that was noted last; empty if none was."""
+        ...
+
     def mark(self, name: str, report: dict[str, Any] | None) -> None:
         """Notes beside a checkpoint that it is damaged, or takes the note away."""
         ...

@@ -145,6 +145,8 @@ class Launcher:
             environments = {rank: {**env, **self._own_variables()} for rank, env in environments.items()}
             self._monitor.start_over(len(environments))
             self._ranks.start(environments, group.number)
+            processes = ", ".join(f"rank {rank} is process {pid}" for rank, pid in self._ranks.pids.items())
+            _say(f"attempt {group.number} on {socket.gethostname()}: {processes}")
         else:
             _say(f"{group.nodes} nodes have come and the layout has room for {usable}: this one stands by")
         try:
@@ -274,7 +276,7 @@ class Launcher:
 
     def _settle(self, failures: list[Failure]) -> Settled:
         failure = root_cause(failures)
-        progress = max(self._monitor.watch.began, *(attempt.progress for attempt in self._history), 0)
+        progress = max(self._monitor.watch.began, self._monitor.status.checkpoint_step)
         attempt = Attempt(failure=failure, progress=progress, ended=time.monotonic())
         decision = self._policy.decide([*self._history, attempt])
         return Settled(failure=failure, progress=progress, decision=decision)
@@ -307,7 +309,7 @@ def environments_of(
         "MASTER_PORT": group.main_port,
         "TORCHELASTIC_RUN_ID": run_id,
         "TORCHELASTIC_RESTART_COUNT": restarts,
-        "TORCHELASTIC_USE_AGENT_STORE": False,
+        "TORCHELASTIC_USE_AGENT_STORE": True,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", 1 if ranks_per_node > 1 else os.cpu_count() or 1),
     }
     own = {local: {"LOCAL_RANK": local, "RANK": group.node * ranks_per_node + local} for local in range(ranks_per_node)}

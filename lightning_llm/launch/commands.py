@@ -1,4 +1,4 @@
-"""`lightning-llm launch [slurm] [options] -- fit -c run.yaml`; cli.py calls `main`."""
+"""`lightning-llm launch [options] -- fit -c run.yaml`; cli.py calls `main`."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
 from lightning_llm.arguments import parse_arguments
 from lightning_llm.errors import ConfigurationError
-from lightning_llm.launch import slurm
 from lightning_llm.resilience.restarts import REQUEUE, RestartPolicy
 
 DEFAULT_PORT = 29500
+SCHEDULERS = ("kubernetes", "slurm")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Run a program on every device of one or more nodes, and start it again when a rank fails or hangs.
+    """Run a program on every device of a node or of several, and start it again when a rank fails or hangs.
+
+    `launch slurm` and `launch kubernetes` write what these schedulers run; each has a --help of its own.
 
     The program stands behind `--`: a command such as `fit -c run.yaml`, a script, or `-m MODULE`. On several nodes the
     same command is given on each. `fit` goes on from its newest verified checkpoint, at the first start too.
@@ -96,8 +99,8 @@ class Options:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs what the command line says; returns the exit code."""
-    if arguments and arguments[0] == "slurm":
-        return slurm.main(list(arguments[1:]))
+    if arguments and arguments[0] in SCHEDULERS:
+        return import_module(f"lightning_llm.launch.{arguments[0]}").main(arguments[1:])
     own, program = _divide(list(arguments))
     options = Options(**parse_arguments(Options, own, "launch"))
     if not program:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 
-from torch.distributed import DistError, Store
+from torch.distributed import DistError, Store, TCPStore
 from torch.distributed.elastic.rendezvous import (
     RendezvousClosedError,
     RendezvousConnectionError,
@@ -78,7 +78,9 @@ class Meeting:
     """
 
     def __init__(self, address: Address) -> None:
-        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # each attempt's ranks get a store of their own
+        # Each attempt's ranks get a store of their own, in which there is nothing of the one before.
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        self._of_ranks: Store | None = None
         self.address = address
         alone = address.max_nodes == 1
         parameters = RendezvousParameters(
@@ -109,9 +111,13 @@ class Meeting:
         """
         try:
             info = self._handler.next_rendezvous()
+            main = info.bootstrap_store_info
+            assert main is not None  # with stores of their own there always is one
             if info.rank == 0:
                 info.store.set("attempt", str(self._store.add("lightning_llm/attempts", 1)))
-            number = int(info.store.get("attempt"))
+                self._of_ranks = TCPStore(main.master_addr, 0, is_master=True, wait_for_workers=False)
+                info.store.set("port", str(self._of_ranks.port))
+            number, port = int(info.store.get("attempt")), int(info.store.get("port"))
         except RendezvousClosedError as error:
             raise ClosedError("another node has ended the run") from error
         except RendezvousTimeoutError as error:
@@ -121,14 +127,12 @@ class Meeting:
             ) from error
         except (RendezvousConnectionError, RendezvousStateError, DistError) as error:
             raise LostError(f"the store at {self.address.host}:{self.address.port} is gone: {error}") from error
-        main = info.bootstrap_store_info
-        assert main is not None  # with stores of their own there always is one
         return Group(
             number=number,
             node=info.rank,
             nodes=info.world_size,
             main_address=main.master_addr,
-            main_port=main.master_port,
+            main_port=port,
             store=info.store,
         )
 
@@ -180,8 +184,8 @@ class Group:
         number: Of the attempt, from 1.
         node: This one's.
         nodes: How many.
-        main_address: Where rank 0 is.
-        main_port: Where it may host the ranks' store.
+        main_address: Where rank 0 is, and the store of this attempt's ranks.
+        main_port: Of that store; node 0 hosts it.
         store: With this attempt's keys alone.
     """
 

@@ -123,7 +123,7 @@ blamed() {
   printf '%s\n' "${chosen[@]}" | grep -xF -- "$name"
 }
 
-# -- one run: starts the launchers, waits for them, and for their exit code --
+# -- one run: starts the launchers, waits for them, takes their exit code --
 
 run() {
   local number address port meaning

@@ -13,7 +13,8 @@ import select
 import socket
 import threading
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +37,7 @@ class Beat:
         kind: "alive"; "progress": something was done; "end": the rank will say no more.
         phase: That the rank is in now.
         step: Optimizer steps done.
+        figures: What the training has measured, by the names of `status.FIGURES`; what is not among them is as it was.
     """
 
     rank: int
@@ -43,6 +45,7 @@ class Beat:
     kind: Kind
     phase: Phase
     step: int
+    figures: Mapping[str, float] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """As it is sent."""
@@ -52,9 +55,10 @@ class Beat:
     def from_bytes(cls, data: bytes) -> Beat | None:
         """What was sent; None for what is no beat."""
         try:
-            return cls(**json.loads(data))
+            beat = cls(**json.loads(data))
         except (ValueError, TypeError):
             return None
+        return beat if isinstance(beat.figures, dict) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +114,10 @@ class Sender:
         self._thread = threading.Thread(target=self._live, name="heartbeat", daemon=True)
         self._thread.start()
 
-    def progress(self, phase: Phase, step: int) -> None:
-        """Says that something was done, and what comes now."""
+    def progress(self, phase: Phase, step: int, figures: Mapping[str, float] | None = None) -> None:
+        """Says that something was done, what comes now, and what was measured."""
         self._phase, self._step = phase, step
-        self._send("progress")
+        self._send("progress", figures)
 
     @property
     def ended(self) -> bool:
@@ -145,8 +149,10 @@ class Sender:
                     self._socket.recv(LARGEST)
                     stacks.write(self._folder, self._rank)
 
-    def _send(self, kind: Kind) -> None:
-        beat = Beat(rank=self._rank, pid=os.getpid(), kind=kind, phase=self._phase, step=self._step)
+    def _send(self, kind: Kind, figures: Mapping[str, float] | None = None) -> None:
+        beat = Beat(
+            rank=self._rank, pid=os.getpid(), kind=kind, phase=self._phase, step=self._step, figures=figures or {}
+        )
         with contextlib.suppress(OSError):  # not there yet, gone, or busy
             self._socket.sendto(beat.to_bytes(), self._path)
 

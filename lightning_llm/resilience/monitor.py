@@ -122,6 +122,7 @@ class Monitor:
                 data = self._socket.recv(LARGEST)
                 if (beat := Beat.from_bytes(data)) is not None:
                     self.watch.take(beat, time.monotonic())
+                    self.status.take(beat, time.monotonic())
                 elif (terms := Terms.from_bytes(data)) is not None:
                     self._agree(terms)
 

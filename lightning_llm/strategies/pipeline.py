@@ -151,6 +151,7 @@ class Pipeline:
                 self.microbatches, inputs.shape[0], self.num_ranks, self.stages_per_rank
             )
         inputs, targets, keywords = fill_up(inputs, targets, keywords, self._count)
+        inputs = inputs.contiguous()  # as the examples are: torch 2.11 compares strides, and whole shapes
         first = split(inputs, keywords, inputs.shape[0] // self._count)[0]
         is_new = self._key(first) not in self._schedules
         schedule = self._schedules.lookup(self._key(first), lambda: self._schedule(first))
@@ -393,7 +394,7 @@ def _as_tuple(output: Any, stage: int, *, may_be_split: bool = False) -> tuple[T
                 f"Pipeline stage {stage} returns a {type(tensor).__name__}; stages can send each other plain tensors "
                 "and tuples of them. (With tensor parallelism, let the last module of a block return local tensors.)"
             )
-    return tuple(tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in outputs)
+    return outputs
 
 
 def _example(layout: Layout, with_gradient: bool) -> Tensor:

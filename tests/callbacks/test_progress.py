@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import TQDMProgressBar
 
 from lightning_llm.callbacks import StepProgressBar, Throughput
 from lightning_llm.callbacks.progress import _format
 from lightning_llm.errors import ConfigurationError
 from tests.callbacks.tiny import Bigram, batches, trainer
+from tests.strategies.training import loader, make_module
 
 
 def fit(folder: Path, bar: StepProgressBar, steps: int, **arguments: Any) -> None:
@@ -135,3 +138,12 @@ def test_a_loss_that_is_not_a_number_is_shown_as_such() -> None:
 def test_negative_intervals_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="line_interval=-1"):
         StepProgressBar(line_interval=-1)
+
+
+@pytest.mark.parametrize(("bar", "told"), [(StepProgressBar(), False), (TQDMProgressBar(), True)])
+def test_a_bar_that_looks_at_the_loss_is_not_told_it(tmp_path: Path, bar: Callback, told: bool) -> None:
+    """What a bar is told is read off the device at every step."""
+    run = trainer(tmp_path, max_steps=1, callbacks=[bar], enable_progress_bar=True)
+    run.fit(make_module(), loader(run, None))
+    assert ("train_loss" in run.progress_bar_metrics) is told
+    assert "train_loss" in run.callback_metrics

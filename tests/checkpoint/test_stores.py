@@ -14,6 +14,7 @@ import pytest
 
 from lightning_llm.checkpoint import folder
 from lightning_llm.checkpoint.bucket import BucketStore
+from lightning_llm.checkpoint.claim import check_claim, claim, taken_over
 from lightning_llm.checkpoint.digest import ALGORITHMS, CHUNK_SIZE
 from lightning_llm.checkpoint.folder import FolderStore
 from lightning_llm.checkpoint.manifest import Manifest
@@ -349,3 +350,23 @@ def test_killed_at_any_point(killed_store: Store, change: str, points: str, tmp_
         assert leftovers(store) == set(), f"{line} of {lines}"
     changed = seen.index(after) if after in seen else len(seen)
     assert seen == [before] * changed + [after] * (len(seen) - changed)
+
+
+def test_the_one_that_claims_a_place_last_is_known_to_all(store: Store) -> None:
+    assert store.claimant() == ""
+    store.claim("first-1.1")
+    store.claim("second-2.2")
+    assert open_store(store.url).claimant() == "second-2.2"
+    assert store.names() == [] and store.drafts() == {} and store.aliases() == {}
+
+
+def test_where_another_process_has_claimed_a_place_this_one_commits_nothing_more(store: Store) -> None:
+    check_claim(store)  # whoever claims nothing is refused nothing
+    claim(store)
+    check_claim(store)
+    store.claim("another-2.2")
+    assert taken_over(store) == "another-2.2"
+    with pytest.raises(ConfigurationError, match="taken over by another run .process another-2.2."):
+        check_claim(store)
+    claim(store)  # a run that begins anew takes it back
+    check_claim(store)

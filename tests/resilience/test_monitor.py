@@ -170,6 +170,7 @@ def test_a_rank_that_is_killed_is_told_and_shown_to_probes_and_prometheus(tmp_pa
         made.ranks[0].wait()
         (verdict,) = made.until(made.verdicts)
         assert verdict["cause"] == "died" and verdict["ranks"] == [0]
+        assert ask(port, "livez") == (200, "ok\n"), "the monitor lives, whatever it has found"
         status, text = ask(port, "healthz")
         assert status == 503 and text.startswith("rank 0: ended without a word")
         assert 'lightning_llm_verdicts_total{cause="died"} 1' in ask(port, "metrics")[1]
