@@ -131,7 +131,8 @@ def test_a_job_that_is_interrupted_is_requeued_and_the_curve_is_the_undisturbed_
     until(lambda: made.events("hang"))
     interrupt(job_)
     end = job_.ended()
-    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), job_.said
+    # Slurm may tell a job up to a minute early that its time ends: before the pause, and then once more within it.
+    assert end["JobState"] == "COMPLETED" and end["Restarts"] in ("1", "2" if "time" in settings else "1"), job_.said
     assert "stopped after step 7, saved" in job_.said
     assert [event["step"] for event in made.events("step") if event["rank"] == 0] == list(range(STEPS))
     assert made.curve() == expected
