@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all check format bench bench-engines bench-checkpoint bench-serve axes docs clean
+.PHONY: help setup demo test test-all check format bench bench-engines bench-checkpoint bench-serve bench-resilience axes docs clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -87,6 +87,9 @@ bench-checkpoint: setup ## what a checkpoint costs, beside torch.distributed.che
 
 bench-serve: setup ## what serving costs: our engine and server beside transformers and a plain LitServe server
 	@$(BIN)/python benchmarks/serve.py
+
+bench-resilience: setup ## what failures cost a run, and the share of time that trains all the same
+	@$(BIN)/python benchmarks/resilience.py
 
 axes: setup ## what each parallel axis costs: pipeline bubbles, bytes of every collective, both beside theory
 	@$(BIN)/python benchmarks/axes.py

@@ -22,6 +22,13 @@ def parameter_names(module: nn.Module) -> dict[Tensor, str]:
     return {parameter: next(iter(_get_fqns(module, name))) for name, parameter in module.named_parameters()}
 
 
+def recorded_collectives() -> list[str]:
+    """The traces of torch's flight recorders in JSON, of gloo and of NCCL where there is one; empty if none records."""
+    recorders = ("_dump_fr_trace_json", "_dump_nccl_trace_json")
+    found = [getattr(torch._C._distributed_c10d, name, None) for name in recorders]
+    return [recorder().decode() for recorder in found if recorder is not None]
+
+
 def copy_all(places: list[Tensor], tensors: list[Tensor]) -> None:
     """Copies each tensor to its place, without waiting for devices.
 

@@ -134,22 +134,6 @@ def generate(
     print(tokenizer.decode(ids)[len(written) :])
 
 
-def doctor(*, json: bool = False) -> int:
-    """Tell what this machine offers, and what is missing for what.
-
-    Args:
-        json: Print JSON instead of a table.
-    """
-    from lightning_llm.doctor import collect, render, to_json
-
-    findings = collect()
-    if json:
-        print(to_json(findings))
-    else:
-        render(findings)
-    return int(any(finding.status == "problem" for finding in findings))
-
-
 def plan(
     *,
     model: str | None = None,
@@ -318,7 +302,6 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
         of_checkpoints.reshard,
         of_checkpoints.import_,
         generate,
-        doctor,
         plan,
     )
 }
@@ -332,6 +315,10 @@ GROUPS = {
     "registry": ("Keep versions of models: list, register, promote, pull.", "lightning_llm.registry"),
     "bench": ("Put load on a server and measure it: serve.", "lightning_llm.serving.bench"),
     "serve": ("Serve a model behind an OpenAI-compatible endpoint.", "lightning_llm.serving"),
+    "doctor": (
+        "Tell what this machine offers, and what is missing for what; --cluster: whether all ranks are fit for a run.",
+        "lightning_llm.doctor",
+    ),
 }
 
 

@@ -12,7 +12,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import lightning_llm.strategies.run_file  # noqa: F401  imported here once instead of in every process
@@ -23,22 +24,65 @@ def call_forked(
     *arguments: object, timeout: float = 120, run: Callable[[], int] = main
 ) -> subprocess.CompletedProcess[str]:
     """What `subprocess.run([COMMAND, *arguments])` would give."""
+    command = start_forked(*arguments, run=run)
+    [done] = wait_for([command], timeout)
+    if done.returncode == -signal.SIGKILL:
+        raise subprocess.TimeoutExpired(command.argv, timeout)
+    return done
+
+
+@dataclass(frozen=True)
+class Forked:
+    """A command that runs."""
+
+    pid: int
+    argv: list[str]
+    folder: Path
+
+
+def start_forked(
+    *arguments: object,
+    run: Callable[[], int] = main,
+    environment: Mapping[str, str] | None = None,
+    first: Callable[[], object] = lambda: None,
+) -> Forked:
+    """Begins what `call_forked` waits for.
+
+    Args:
+        arguments: Of the command.
+        run: What it does.
+        environment: Variables that it has beside ours.
+        first: Called in its process before the command.
+    """
     argv = [str(argument) for argument in arguments]
-    with tempfile.TemporaryDirectory(prefix="command-") as folder:
-        files = [Path(folder) / name for name in ("stdout", "stderr")]
-        pid = _fork(argv, files, run)
-        deadline = time.monotonic() + timeout
-        while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
+    folder = Path(tempfile.mkdtemp(prefix="command-"))
+    return Forked(_fork(argv, folder, run, environment or {}, first), argv, folder)
+
+
+def wait_for(commands: Iterable[Forked], timeout: float) -> list[subprocess.CompletedProcess[str]]:
+    """What the commands gave; those that still run after `timeout` seconds are killed."""
+    done = []
+    deadline = time.monotonic() + timeout
+    for command in commands:
+        while not (ended := os.waitpid(command.pid, os.WNOHANG))[0]:
             if time.monotonic() > deadline:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                raise subprocess.TimeoutExpired(argv, timeout)
+                os.kill(command.pid, signal.SIGKILL)
+                ended = os.waitpid(command.pid, 0)
+                break
             time.sleep(0.02)
         code = os.waitstatus_to_exitcode(ended[1])
-        return subprocess.CompletedProcess(argv, code, *(file.read_text() for file in files))
+        texts = [(command.folder / name).read_text() for name in ("stdout", "stderr")]
+        done.append(subprocess.CompletedProcess(command.argv, code, *texts))
+    return done
 
 
-def _fork(argv: list[str], files: list[Path], run: Callable[[], int]) -> int:
+def _fork(
+    argv: list[str],
+    folder: Path,
+    run: Callable[[], int],
+    environment: Mapping[str, str],
+    first: Callable[[], object],
+) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -46,11 +90,13 @@ def _fork(argv: list[str], files: list[Path], run: Callable[[], int]) -> int:
         return pid
     code = 1
     try:
-        for file, number in zip(files, (1, 2), strict=True):
-            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+        for name, number in (("stdout", 1), ("stderr", 2)):
+            os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
         # pytest may have put something else in their place
         sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
         sys.argv = ["lightning-llm", *argv]
+        os.environ.update(environment)
+        first()
         code = run()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)

@@ -11,6 +11,7 @@ import pytest
 
 from lightning_llm.arguments import parse_arguments, parser_of
 from lightning_llm.cli import COMMANDS
+from lightning_llm.doctor.commands import doctor
 from lightning_llm.registry.commands import COMMANDS as REGISTRY_COMMANDS
 
 
@@ -107,7 +108,9 @@ def test_help_is_the_docstring(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [*COMMANDS.values(), *REGISTRY_COMMANDS.values()], ids=[*COMMANDS, *REGISTRY_COMMANDS]
+    "command",
+    [*COMMANDS.values(), *REGISTRY_COMMANDS.values(), doctor],
+    ids=[*COMMANDS, *REGISTRY_COMMANDS, "doctor"],
 )
 def test_every_command_explains_all_its_arguments(command: object) -> None:
     parser = parser_of(command)  # type: ignore[arg-type]

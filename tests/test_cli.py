@@ -70,7 +70,7 @@ def fit_arguments(data: Path, root: Path, devices: int, **trainer: object) -> li
 def test_help_lists_every_command_and_an_unknown_one_is_refused() -> None:
     listing = call("--help")
     assert listing.returncode == 0
-    for name in (*TRAINER_COMMANDS, *COMMANDS, "verify", "checkpoints", "export", "reshard", "import"):
+    for name in (*TRAINER_COMMANDS, *COMMANDS, "verify", "checkpoints", "export", "reshard", "import", "doctor"):
         assert re.search(rf"^  {name} ", listing.stdout, re.MULTILINE)
     refused = call("trian")
     assert refused.returncode == 2 and "no command 'trian'" in refused.stderr

@@ -16,9 +16,10 @@ from typing import IO, Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from lightning_llm._torch import recorded_collectives
 from lightning_llm.callbacks.figures import Figures
 from lightning_llm.errors import ConfigurationError
-from lightning_llm.resilience import stacks
+from lightning_llm.resilience import collectives, stacks
 from lightning_llm.resilience.beats import Phase, Sender, Terms, sender_of_process
 from lightning_llm.resilience.environment import MONITOR_VARIABLE
 from lightning_llm.resilience.limits import Limits
@@ -111,6 +112,7 @@ class Heartbeat(Callback):
                 self._monitor = _start_monitor(folder, max(1, trainer.num_devices), wishes)
         self._stacks = stacks.register(folder, trainer.global_rank)
         self._sender = sender_of_process(folder, trainer.global_rank, self._every)
+        self._sender.on_asked = [lambda: collectives.write(folder, trainer.global_rank, recorded_collectives())]
         if launched is not None and trainer.local_rank == 0:
             self._sender.agree(Terms(**wishes))
 

@@ -21,6 +21,7 @@ from typing import Literal
 from lightning_llm.launch.group import ClosedError, Group, LostError, Meeting, Settled
 from lightning_llm.launch.ranks import Ranks
 from lightning_llm.launch.worker import read_report
+from lightning_llm.resilience.collectives import BUFFER_SIZE, BUFFER_VARIABLES
 from lightning_llm.resilience.environment import ELASTIC_VARIABLE, MONITOR_VARIABLE
 from lightning_llm.resilience.monitor import Monitor
 from lightning_llm.resilience.restarts import (
@@ -35,6 +36,7 @@ from lightning_llm.resilience.restarts import (
 )
 
 CHECK_EVERY = 0.1  # seconds
+ASK_EVERY = 0.5  # seconds between questions to the other nodes
 GATHER = 1.0  # seconds in which other ranks' and nodes' failures are waited for, to tell cause from consequence
 FAREWELL = 30.0  # seconds for the other ranks, once one has ended after all were told to stop
 HAND_OVER = 300.0  # seconds to save in, when further nodes are to be taken in
@@ -156,36 +158,39 @@ class Launcher:
 
     def _own_variables(self) -> dict[str, str]:
         address = self._meeting.address
+        recorder = {name: os.environ.get(name, BUFFER_SIZE) for name in BUFFER_VARIABLES}
         elastic = {ELASTIC_VARIABLE: "1"} if address.min_nodes < address.max_nodes else {}
-        return {MONITOR_VARIABLE: str(self._monitor.folder), **elastic}
+        return {MONITOR_VARIABLE: str(self._monitor.folder), **recorder, **elastic}
 
     def _watch(self, group: Group) -> Ending:
-        said_done = False
+        said_done, ask_due = False, 0.0
         while True:
-            self._monitor.turn(CHECK_EVERY)
+            self._ranks.look(CHECK_EVERY)
+            self._monitor.turn(0.0)
             self._hand_on_signals()
-            exits = self._ranks.exits()
-            bad = [code for code in exits.values() if code]
+            bad = [code for code in self._ranks.exits.values() if code]
             if self._told:
-                if self._stopped(exits):
+                if self._stopped():
                     return "stopped"
             elif bad:
                 if all(code == REQUEUE for code in bad) and self._meeting.newcomers:
                     return self._hand_over()  # another launcher was the first to see them
-                group.report(self._failure(exits))
-                return "failed"
-            if group.broken:
-                return "failed"
-            lost = group.lost_node()
-            if lost is not None:
-                failure = Failure(kind="node lost", code=FAILED, who=f"node {lost}", text="is heard no more")
-                group.report(failure)
+                group.report(self._failure())
                 return "failed"
             if not said_done and not self._ranks.pids and not bad:
                 group.finish()
                 said_done = True
             if said_done and group.finished:
                 return "done"
+            if time.monotonic() < ask_due:
+                continue
+            ask_due = time.monotonic() + ASK_EVERY
+            if group.broken:
+                return "failed"
+            lost = group.lost_node()
+            if lost is not None:
+                group.report(Failure(kind="node lost", code=FAILED, who=f"node {lost}", text="is heard no more"))
+                return "failed"
             if not said_done and group.nodes < self._meeting.address.max_nodes and self._meeting.newcomers:
                 return self._hand_over()
 
@@ -195,19 +200,20 @@ class Launcher:
         self._ranks.signal(signal.SIGUSR1)
         deadline = time.monotonic() + HAND_OVER
         while self._ranks.pids and time.monotonic() < deadline and not self._told:
-            self._monitor.turn(CHECK_EVERY)
-            if any(code not in (0, REQUEUE) for code in self._ranks.exits().values()):
+            self._ranks.look(CHECK_EVERY)
+            self._monitor.turn(0.0)
+            if any(code not in (0, REQUEUE) for code in self._ranks.exits.values()):
                 break
         return "resized"
 
-    def _stopped(self, exits: dict[int, int]) -> bool:
+    def _stopped(self) -> bool:
         """After a signal: whether all ranks have ended, of themselves or because they took too long."""
-        if not exits and len(self._told) < 2:
+        if self._ranks.pids and not self._ranks.exits and len(self._told) < 2:
             return False
         if len(self._told) < 2:
             deadline = time.monotonic() + FAREWELL
             while self._ranks.pids and time.monotonic() < deadline and len(self._told) < 2:
-                self._ranks.wait(CHECK_EVERY)
+                self._ranks.look(CHECK_EVERY)
         self._ranks.kill()
         return True
 
@@ -225,7 +231,7 @@ class Launcher:
 
     def _code_of_stop(self) -> int:
         """What the ranks ended with; where a signal ended them, what it stands for."""
-        exits = self._ranks.exits()
+        exits = self._ranks.exits
         if exits and not any(exits.values()):
             return 0
         first = self._told[0]
@@ -235,13 +241,13 @@ class Launcher:
 
     # -- failures --
 
-    def _failure(self, exits: dict[int, int]) -> Failure:
+    def _failure(self) -> Failure:
         """This node's, of the ranks that ended badly; the others get a moment, to tell cause from consequence."""
         deadline = time.monotonic() + GATHER
-        first = dict(exits)
+        first = dict(self._ranks.exits)
         while self._ranks.pids and time.monotonic() < deadline:
-            self._ranks.wait(CHECK_EVERY)
-        exits = {rank: code for rank, code in self._ranks.exits().items() if code}
+            self._ranks.look(CHECK_EVERY)
+        exits = {rank: code for rank, code in self._ranks.exits.items() if code}
         # Those of the first look come first; among them, in the order in which they reported.
         reports = {rank: read_report(self._monitor.folder, rank) for rank in exits}
         order = sorted(
@@ -257,7 +263,7 @@ class Launcher:
         report = read_report(self._monitor.folder, rank)
         if blamed is not None:
             consequence = blamed.cause == "hung together"
-            return Failure(kind="hang", code=code, who=who, text=str(blamed), step=step, consequence=consequence)
+            return Failure(kind="hang", code=code, who=who, text=blamed.text, step=step, consequence=consequence)
         if code < 0:
             text = f"killed by {signal.Signals(-code).name}" if -code in set(signal.Signals) else f"signal {-code}"
             return Failure(kind="signal", code=code, who=who, text=text, step=step)
@@ -312,11 +318,12 @@ def environments_of(
         "TORCHELASTIC_USE_AGENT_STORE": True,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", 1 if ranks_per_node > 1 else os.cpu_count() or 1),
     }
-    own = {local: {"LOCAL_RANK": local, "RANK": group.node * ranks_per_node + local} for local in range(ranks_per_node)}
-    return {
-        one["RANK"]: {name: str(value) for name, value in {**shared, **one, "ROLE_RANK": one["RANK"]}.items()}
-        for one in own.values()
+    first = group.node * ranks_per_node
+    environments = {
+        first + local: {**shared, "LOCAL_RANK": local, "RANK": first + local, "ROLE_RANK": first + local}
+        for local in range(ranks_per_node)
     }
+    return {rank: {name: str(value) for name, value in each.items()} for rank, each in environments.items()}
 
 
 def _restarting(decision: Decision) -> str:

@@ -113,7 +113,7 @@ def launch(options: Options, program: Sequence[str]) -> int:
     """Runs a program; see `Options`. Returns the exit code."""
     from lightning_llm.launch.agent import Launcher, Program
     from lightning_llm.launch.group import Address, LostError, Meeting
-    from lightning_llm.launch.layouts import ranks_of_node, usable_nodes
+    from lightning_llm.launch.layouts import device_here, ranks_of_node, usable_nodes
     from lightning_llm.resilience.monitor import Monitor, Settings
 
     ranks = ranks_of_node(options.nproc_per_node, program)
@@ -128,7 +128,8 @@ def launch(options: Options, program: Sequence[str]) -> int:
         last_call=options.last_call,
         local_address=options.local_addr,
     )
-    plan = Program(words=program, ranks_per_node=ranks, usable_nodes=usable_nodes(program, ranks, options.nodes))
+    usable = usable_nodes(program, ranks, options.nodes, device_here())
+    plan = Program(words=program, ranks_per_node=ranks, usable_nodes=usable)
     logs = Path(options.log_dir).absolute() if options.log_dir is not None else None
     with tempfile.TemporaryDirectory(prefix="lightning-llm-", ignore_cleanup_errors=True) as folder:
         settings = Settings(

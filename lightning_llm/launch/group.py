@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 
@@ -82,6 +82,7 @@ class Meeting:
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         self._of_ranks: Store | None = None
         self.address = address
+        self._where = f" at {address.host}:{address.port}"
         alone = address.max_nodes == 1
         parameters = RendezvousParameters(
             backend="c10d",
@@ -100,7 +101,7 @@ class Meeting:
             backend, self._store = create_backend(parameters)
             self._handler = create_handler(self._store, backend, parameters)
         except (RendezvousConnectionError, DistError) as error:
-            raise LostError(f"no store at {address.host}:{address.port}: {error.__cause__ or error}") from error
+            raise LostError(f"no store{self._where}: {error.__cause__ or error}") from error
 
     def join(self) -> Group:
         """Waits until enough nodes have come; returns those of the next attempt.
@@ -110,23 +111,21 @@ class Meeting:
             ClosedError: The run has been ended.
         """
         try:
-            info = self._handler.next_rendezvous()
-            main = info.bootstrap_store_info
-            assert main is not None  # with stores of their own there always is one
-            if info.rank == 0:
-                info.store.set("attempt", str(self._store.add("lightning_llm/attempts", 1)))
-                self._of_ranks = TCPStore(main.master_addr, 0, is_master=True, wait_for_workers=False)
-                info.store.set("port", str(self._of_ranks.port))
-            number, port = int(info.store.get("attempt")), int(info.store.get("port"))
+            with _reachable(self._where):
+                info = self._handler.next_rendezvous()
+                main = info.bootstrap_store_info
+                assert main is not None  # with stores of their own there always is one
+                if info.rank == 0:
+                    info.store.set("attempt", str(self._store.add("lightning_llm/attempts", 1)))
+                    self._of_ranks = TCPStore(main.master_addr, 0, is_master=True, wait_for_workers=False)
+                    info.store.set("port", str(self._of_ranks.port))
+                number, port = int(info.store.get("attempt")), int(info.store.get("port"))
         except RendezvousClosedError as error:
             raise ClosedError("another node has ended the run") from error
         except RendezvousTimeoutError as error:
             raise LostError(
-                f"fewer than {self.address.min_nodes} nodes came to {self.address.host}:{self.address.port} within "
-                f"{self.address.join_timeout:g} s"
+                f"fewer than {self.address.min_nodes} nodes came{self._where} within {self.address.join_timeout:g} s"
             ) from error
-        except (RendezvousConnectionError, RendezvousStateError, DistError) as error:
-            raise LostError(f"the store at {self.address.host}:{self.address.port} is gone: {error}") from error
         return Group(
             number=number,
             node=info.rank,
@@ -139,7 +138,7 @@ class Meeting:
     @property
     def newcomers(self) -> int:
         """Nodes that wait to be taken in."""
-        with _reachable(self.address):
+        with _reachable(self._where):
             return self._handler.num_nodes_waiting()
 
     def leave(self) -> None:
@@ -147,18 +146,13 @@ class Meeting:
         self._handler.shutdown()
 
 
-class _reachable:  # noqa: N801  reads as what it is: with _reachable(...)
+@contextmanager
+def _reachable(where: str = "") -> Iterator[None]:
     """Turns torch's errors of a lost store into ours."""
-
-    def __init__(self, address: Address | None = None) -> None:
-        self._where = f" at {address.host}:{address.port}" if address is not None else ""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, DistError | RendezvousConnectionError | RendezvousStateError | ConnectionError):
-            raise LostError(f"the launchers' store{self._where} is gone: {error}") from error
+    try:
+        yield
+    except (DistError, RendezvousConnectionError, RendezvousStateError, ConnectionError) as error:
+        raise LostError(f"the launchers' store{where} is gone: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +242,9 @@ class Group:
 
     @property
     def broken(self) -> bool:
-        """Whether any node has reported a failure."""
+        """Whether any other node has reported a failure."""
+        if self.nodes == 1:
+            return False
         with _reachable():
             return self.store.check(["decider"])
 

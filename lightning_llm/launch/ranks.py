@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import time
@@ -11,10 +12,12 @@ from contextlib import suppress
 from multiprocessing import resource_tracker
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import cast
 
 from lightning_llm.launch.worker import run
 
 PRELOAD = "lightning_llm.launch.preload"
+PATIENCE = 10.0  # seconds for killed processes to be gone
 
 
 class Ranks:
@@ -34,6 +37,7 @@ class Ranks:
         self._context.set_forkserver_preload([PRELOAD])
         _start_tracker()
         self._processes: dict[int, ForkServerProcess] = {}
+        self._codes: dict[int, int] = {}
 
     def start(self, environments: Mapping[int, Mapping[str, str]], attempt: int) -> None:
         """Starts a process for each rank.
@@ -52,16 +56,28 @@ class Ranks:
 
     @property
     def pids(self) -> dict[int, int]:
-        """Of the ranks that run."""
+        """Of the ranks that run, as far as was looked."""
         return {
             rank: process.pid
             for rank, process in self._processes.items()
-            if process.pid is not None and process.exitcode is None
+            if process.pid is not None and rank not in self._codes
         }
 
+    @property
     def exits(self) -> dict[int, int]:
-        """Exit codes of the ranks that have ended, negative for signals."""
-        return {rank: code for rank, process in self._processes.items() if (code := process.exitcode) is not None}
+        """Exit codes of the ranks that have ended, negative for signals, as far as was looked."""
+        return self._codes
+
+    def look(self, seconds: float) -> None:
+        """Waits for a rank to end, so long at most, and notes the codes of all that have."""
+        sentinels = {self._processes[rank].sentinel: rank for rank in self.pids}
+        if not sentinels:
+            time.sleep(seconds)
+        for sentinel in multiprocessing.connection.wait(list(sentinels), seconds):
+            rank = sentinels[cast(int, sentinel)]
+            code = self._processes[rank].exitcode
+            if code is not None:
+                self._codes[rank] = code
 
     def signal(self, signum: int) -> None:
         """Sends a signal to the ranks, not to what they have started: a DataLoader's workers would die of it."""
@@ -69,26 +85,22 @@ class Ranks:
             with suppress(ProcessLookupError):
                 os.kill(pid, signum)
 
-    def wait(self, seconds: float) -> bool:
-        """Waits until all have ended; returns whether they have."""
-        deadline = time.monotonic() + seconds
-        for process in self._processes.values():
-            process.join(max(0.0, deadline - time.monotonic()))
-        return not self.pids
-
     def kill(self, ranks: Iterable[int] | None = None) -> None:
         """Ends ranks (by default all) at once, with all they have started; suspended ones too."""
         for rank in self._processes if ranks is None else ranks:
             pid = self._processes[rank].pid
             with suppress(ProcessLookupError, PermissionError):  # gone, or not yet a group's leader
                 os.killpg(pid or 0, signal.SIGKILL) if pid else None
-            if self._processes[rank].exitcode is None:
+            if rank not in self._codes:
                 self._processes[rank].kill()
-        self.wait(10.0)
+        deadline = time.monotonic() + PATIENCE
+        while self.pids and time.monotonic() < deadline:
+            self.look(0.1)
 
     def clear(self) -> None:
         """Forgets ranks that have ended, and their reports."""
         self._processes.clear()
+        self._codes.clear()
         for report in self._folder.glob("failure-rank*.json"):
             report.unlink(missing_ok=True)
 

@@ -13,7 +13,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -111,6 +111,7 @@ class Sender:
         self._phase: Phase = "init"
         self._step = 0
         self._ended = False
+        self.on_asked: list[Callable[[], None]] = []  # what is done before the stacks are written
         self._thread = threading.Thread(target=self._live, name="heartbeat", daemon=True)
         self._thread.start()
 
@@ -147,6 +148,8 @@ class Sender:
             if asked:
                 with contextlib.suppress(OSError):
                     self._socket.recv(LARGEST)
+                    for act in self.on_asked:
+                        act()
                     stacks.write(self._folder, self._rank)
 
     def _send(self, kind: Kind, figures: Mapping[str, float] | None = None) -> None:

@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import selectors
+import shutil
 import signal
 import socket
 import sys
@@ -24,13 +25,14 @@ from typing import Literal
 
 from lightning_llm._processes import die_with
 from lightning_llm.errors import ConfigurationError
-from lightning_llm.resilience import stacks
+from lightning_llm.resilience import collectives, stacks
 from lightning_llm.resilience.beats import LARGEST, SOCKET, Beat, Terms, socket_of
 from lightning_llm.resilience.limits import Limits
 from lightning_llm.resilience.status import Status, serve
 from lightning_llm.resilience.watch import ALIVE_TIMEOUT, Verdict, Watch
 
 VERDICTS = "verdicts.jsonl"
+ASLEEP = 2.0  # seconds between two looks, more than planned, after which the monitor was suspended itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,7 @@ class Monitor:
         self._socket.setblocking(False)
         self._waiting = selectors.DefaultSelector()
         self._waiting.register(self._socket, selectors.EVENT_READ)
+        self._looked = time.monotonic()
         self._server: ThreadingHTTPServer | None = None
         self._serve()
 
@@ -93,10 +96,11 @@ class Monitor:
             self.turn(self.settings.check_every)
 
     def turn(self, seconds: float) -> None:
-        """Waits for beats, for so long at most, and looks at what is known."""
+        """Waits for beats, for so long at most, and looks at what is known when it is time."""
         self._waiting.select(seconds)
         self._hear()
-        self._look()
+        if time.monotonic() >= self._looked + self.settings.check_every:
+            self._look()
 
     def start_over(self, ranks: int) -> None:
         """Forgets the ranks: others will take their places."""
@@ -137,6 +141,12 @@ class Monitor:
             _say(str(error))
 
     def _look(self) -> None:
+        now = time.monotonic()
+        if (
+            now - self._looked > self.settings.check_every + ASLEEP
+        ):  # the whole node was suspended, or a debugger has us
+            self.watch.forgive(now - self._looked)
+        self._looked = now
         processes = {number: state for number, rank in self.watch.ranks.items() if (state := process_state(rank.pid))}
         verdicts = self.watch.judge(time.monotonic(), processes)
         if self._launched:
@@ -157,12 +167,16 @@ class Monitor:
         if verdict.cause not in ("died", "stopped"):
             found = self._stacks(verdict)
             odd = stacks.odd_ones(found)
-            if verdict.cause == "hung together" and odd:
-                blamed = tuple(odd)
-                lines.append(f"Not where the others stand: rank {', '.join(map(str, odd))}")
+            late = collectives.waited_for({rank: collectives.read(self.folder, rank) for rank in found})
+            lines += [f"rank {rank} has not come to {what}" for rank, what in late.items()]
+            if verdict.cause == "hung together" and (late or odd):
+                blamed = tuple(late or odd)
+                lines.append(f"Not where the others stand: rank {', '.join(map(str, blamed))}")
             for rank, text in found.items():
                 kept = stacks.file_of(reports, rank)
                 kept.write_text(text)
+                with contextlib.suppress(FileNotFoundError):
+                    shutil.copy(collectives.file_of(self.folder, rank), reports)
                 where = stacks.place(text)
                 lines.append(f"rank {rank} stands at {where[0] if where else '?'} ({kept})")
         entry = {**asdict(verdict), "blamed": blamed, "time": time.time()}
@@ -180,7 +194,8 @@ class Monitor:
         pids = {number: rank.pid for number, rank in self.watch.ranks.items() if not rank.ended}
         held = {rank: pids.pop(rank) for rank in verdict.ranks if verdict.cause == "interpreter held"}
         for rank in pids:
-            stacks.file_of(self.folder, rank).unlink(missing_ok=True)
+            for file in (stacks.file_of(self.folder, rank), collectives.file_of(self.folder, rank)):
+                file.unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 self._socket.sendto(b"stacks", str(socket_of(self.folder, rank)))
         return stacks.await_answers(self.folder, pids) | stacks.of_held(held, self.folder)

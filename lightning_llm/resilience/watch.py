@@ -41,7 +41,11 @@ class Verdict:
     limit: float
 
     def __str__(self) -> str:
-        who = f"rank{'s' if len(self.ranks) > 1 else ''} {', '.join(map(str, self.ranks))}"
+        return f"rank{'s' if len(self.ranks) > 1 else ''} {', '.join(map(str, self.ranks))}: {self.text}"
+
+    @property
+    def text(self) -> str:
+        """What it is, without the ranks."""
         what = {
             "died": "ended without a word",
             "stopped": "suspended",
@@ -50,7 +54,7 @@ class Verdict:
             "hung together": "no progress, and none is behind the others",
         }[self.cause]
         return (
-            f"{who}: {what} (phase {self.phase!r}, step {self.step}, {self.seconds:.1f} s without a sign, limit "
+            f"{what} (phase {self.phase!r}, step {self.step}, {self.seconds:.1f} s without a sign, limit "
             f"{self.limit:.1f} s)"
         )
 
@@ -95,6 +99,12 @@ class Watch:
             if beat.phase == rank.phase:
                 self.limits.saw(beat.phase, now - rank.progress_at)
             rank.phase, rank.step, rank.progress_at = beat.phase, beat.step, now
+
+    def forgive(self, seconds: float) -> None:
+        """Nobody listened for so long, so that nobody's silence in that time counts."""
+        for rank in self.ranks.values():
+            rank.alive_at += seconds
+            rank.progress_at += seconds
 
     @property
     def began(self) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from lightning_llm.strategies.automatic import resolve_dims
 from lightning_llm.strategies.checks import check_plan, check_sequence
 from lightning_llm.strategies.deepspeed.strategy import LLM3DDeepSpeedStrategy
 from lightning_llm.strategies.llm3d import LLM3DStrategy
+from lightning_llm.strategies.mesh import Size
 from lightning_llm.strategies.stages import split_units
 
 PRECISIONS = {None: "32-true", "32": "32-true", 32: "32-true", "bf16": "bf16-mixed"}
@@ -61,13 +63,47 @@ def plan_of_run(
     if not Path(path).is_file():
         raise ConfigurationError(f"There is no run file {path}.")
     config = read_run(["--config", str(path)])
+    strategy = _strategy(config.trainer.strategy)
+    per_node, nodes = _devices(config.trainer, devices)
+    return plan_of_config(
+        config,
+        device,
+        strategy.sizes,
+        per_node,
+        nodes,
+        memory_gib=memory_gib,
+        host_memory_gib=host_memory_gib,
+        nvme_gb=nvme_gb,
+    )
+
+
+def plan_of_config(
+    config: Namespace,
+    device: str,
+    sizes: Mapping[str, Size],
+    per_node: int,
+    nodes: int,
+    *,
+    memory_gib: float | None = None,
+    host_memory_gib: float | None = None,
+    nvme_gb: float | None = None,
+) -> tuple[Plan, DecoderConfig]:
+    """The same of values that are read already, on a number of nodes, with sizes that may be others than the file's.
+
+    Args:
+        config: As `read_run` gives it.
+        device: A row of the device table.
+        sizes: See `LLM3DStrategy.sizes`.
+        per_node: Devices of a node.
+        nodes: How many.
+        memory_gib, host_memory_gib, nvme_gb: As for `plan_of_run`.
+    """
     trainer = config.trainer
     architecture = resolve_config(config.model.model, config.model.vocab_size)
     strategy = _strategy(trainer.strategy)
-    per_node, nodes = _devices(trainer, devices)
     with torch.device("meta"):
         model = Decoder(architecture)
-    dims = resolve_dims(model, strategy.sizes, world_size=per_node * nodes, devices_per_node=per_node)
+    dims = resolve_dims(model, sizes, world_size=per_node * nodes, devices_per_node=per_node)
     settings = strategy.layout
     made_plan = check_plan(model, dims, settings)
     if isinstance(settings.recompute, float) and settings.recompute < 1:

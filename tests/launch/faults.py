@@ -10,10 +10,11 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+import torch.distributed as dist
 from lightning.pytorch import Callback
 
 Phase = Literal["init", "first step", "train", "validate", "checkpoint", "shutdown"]
-Kind = Literal["kill", "stop", "hang", "gil", "raise", "terminate", "nothing"]
+Kind = Literal["kill", "stop", "hang", "gil", "barrier", "raise", "terminate", "nothing"]
 
 
 class Fault(Callback):
@@ -51,6 +52,7 @@ class Fault(Callback):
             "attempt": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
             "world": trainer.world_size,
             "time": time.monotonic(),
+            "date": time.time(),
         }
         with self.events.open("a") as file:
             file.write(json.dumps(entry) + "\n")
@@ -70,6 +72,8 @@ class Fault(Callback):
             os.kill(os.getpid(), signal.SIGSTOP)
         elif self.kind == "hang":
             time.sleep(self.seconds)
+        elif self.kind == "barrier":  # instead of the collective that the others call
+            dist.barrier()
         elif self.kind == "gil":
             ctypes.PyDLL(None).sleep(int(self.seconds))  # PyDLL does not give up the interpreter's lock
         elif self.kind == "terminate":

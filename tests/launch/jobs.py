@@ -35,6 +35,8 @@ class Job:
     sizes: dict[str, Any] = field(default_factory=dict)
     fault: dict[str, Any] = field(default_factory=dict)
     heartbeat: dict[str, Any] = field(default_factory=dict)
+    saving: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
     max_steps: int = STEPS
     save_every: int = 4
     port: int = 0
@@ -59,6 +61,7 @@ class Job:
                     "save_top_k": 2,
                     "monitor": "step",
                     "mode": "max",
+                    **self.saving,
                 },
             ),
         ]
@@ -90,7 +93,7 @@ class Job:
     def started(self, *options: str, name: str = "launcher") -> Iterator[subprocess.Popen[bytes]]:
         """The launcher, ended at the end if it has not ended of itself."""
         command = [COMMAND, "launch", f"--nproc-per-node={self.ranks}", *self.options, *options, "--", "fit"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **self.environment}
         with self.log(name).open("ab") as log:
             process = subprocess.Popen(
                 [*map(str, command), "-c", str(self.run_file)],

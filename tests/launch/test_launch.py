@@ -6,11 +6,13 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from tests.launch.clock import COMPILER, Clock
 from tests.launch.jobs import STEPS, Job, running, until
 
 pytestmark = pytest.mark.alone
@@ -22,7 +24,8 @@ PHASES = [("init", 0), ("first step", 0), ("train", 5), ("validate", 6), ("check
 def test_a_killed_rank_is_replaced_and_the_curve_is_that_of_a_run_in_which_nothing_happened(
     job: Callable[..., Job], undisturbed: Callable[..., dict[int, float]]
 ) -> None:
-    made = job(fault={"kind": "kill", "phase": "train", "rank": 1, "step": 6})
+    # In the foreground, so that the checkpoint of step 4 is there for certain.
+    made = job(fault={"kind": "kill", "phase": "train", "rank": 1, "step": 6}, saving={"background": False})
     assert made.run() == 0, made.said
     assert "rank 1 on" in made.said and "killed by SIGKILL; starting again" in made.said
     assert {event["attempt"] for event in made.events("start")} == {0, 1}
@@ -67,17 +70,21 @@ def test_a_suspended_rank_is_ended_and_replaced(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "finding"),
-    [("gil", "something holds the interpreter's lock"), ("hang", "Not where the others stand: rank 1")],
+    ("ranks", "kind", "finding"),
+    [
+        (2, "gil", "something holds the interpreter's lock"),
+        (2, "hang", "rank 1 has not come to gloo:"),
+        (4, "barrier", "Not where the others stand: rank 1"),
+    ],
 )
 def test_a_rank_that_hangs_is_named_ended_and_replaced(
-    job: Callable[..., Job], undisturbed: Callable[..., dict[int, float]], kind: str, finding: str
+    job: Callable[..., Job], undisturbed: Callable[..., dict[int, float]], ranks: int, kind: str, finding: str
 ) -> None:
     fault = {"kind": kind, "phase": "train", "rank": 1, "step": 6}
-    made = job(ranks=4, fault=fault, heartbeat={"progress_timeout": 3.0, "alive_timeout": 2.0})
+    made = job(ranks=ranks, fault=fault, heartbeat={"progress_timeout": 3.0, "alive_timeout": 2.0})
     assert made.run() == 0, made.said
-    assert finding in made.said and "ending rank 1" in made.said
-    assert made.curve() == undisturbed(4)
+    assert finding in made.said and "ending rank 1" in made.said and "ending rank 0" not in made.said
+    assert made.curve() == undisturbed(ranks)
 
 
 def test_the_same_error_twice_ends_the_run_with_93(job: Callable[..., Job]) -> None:
@@ -91,7 +98,8 @@ def test_the_same_error_twice_ends_the_run_with_93(job: Callable[..., Job]) -> N
 
 @pytest.mark.slow
 def test_restarts_that_get_no_further_end_the_run(job: Callable[..., Job]) -> None:
-    made = job(fault={"kind": "kill", "phase": "train", "rank": 0, "step": 6, "again": True})
+    fault = {"kind": "kill", "phase": "train", "rank": 0, "step": 6, "again": True}
+    made = job(fault=fault, saving={"background": False})
     assert made.run() == 93, made.said
     assert "3 restarts have got no further than step 4" in made.said
 
@@ -131,6 +139,25 @@ def test_a_run_that_was_taken_for_dead_writes_nothing_when_it_wakes(job: Callabl
         assert first.wait(60) == 93, made.said
     assert "has been taken over by another run" in made.log("first").read_text()
     assert {path: path.stat().st_mtime_ns for path in made.folder.glob("checkpoints/**/*")} == kept
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(COMPILER is None, reason="needs a C compiler")
+def test_a_clock_that_is_set_is_no_alarm(
+    job: Callable[..., Job], undisturbed: Callable[..., dict[int, float]], tmp_path: Path
+) -> None:
+    clock = Clock(tmp_path)
+    made = job(environment=clock.environment)
+    with made.started() as launcher:
+        for step, hours in ((3, 1), (6, -1)):
+            until(lambda step=step: any(event["step"] >= step for event in made.events("step")))
+            clock.set(3600 * hours)
+        assert launcher.wait(60) == 0, made.said
+    days = [event["date"] for event in made.events("step")]
+    assert max(days) - min(days) > 7000, "the clock was put forward and back"
+    assert {event["attempt"] for event in made.events("start")} == {0}
+    assert "heartbeat:" not in made.said
+    assert made.curve() == undisturbed()
 
 
 def test_nothing_outlives_a_launcher_that_is_killed(job: Callable[..., Job]) -> None:

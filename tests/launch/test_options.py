@@ -70,3 +70,12 @@ def test_only_data_parallelism_shrinks(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"on 1 nodes of 2: .* Nodes that can be used: 2, 4"):
         usable_nodes(program, 2, (1, 4))
     assert usable_nodes(["train.py"], 2, (1, 3)) == {1: 1, 2: 2, 3: 3}, "a script's layout is its own affair"
+
+
+def test_where_the_model_does_not_fit_into_fewer_devices_they_are_not_used(tmp_path: Path) -> None:
+    program = [*run_file(tmp_path, tensor_parallel_size=8), "--model.model=llama3-70b", "--data.batch_size=16"]
+    # Weights, gradients and AdamW's states in float32 are 16 bytes for each of 70 billion parameters.
+    with pytest.raises(ConfigurationError, match=r"on 1 nodes of 8: the model does not fit into h100's memory.*: 4, 8"):
+        usable_nodes(program, 8, (1, 8), "h100")
+    assert usable_nodes(program, 8, (1, 4)) == {1: 1, 2: 2, 3: 2, 4: 4}, "on devices that nobody knows"
+    assert usable_nodes(program, 8, (4, 6), "h100") == {4: 4, 5: 4, 6: 4}

@@ -141,6 +141,19 @@ def test_a_suspended_rank_is_named_and_one_that_wakes_in_time_is_not(tmp_path: P
         assert made.monitor.returncode == 0
 
 
+def test_a_node_that_was_suspended_as_a_whole_is_no_alarm(tmp_path: Path) -> None:
+    with node(tmp_path) as made:
+        everybody = [made.monitor, *made.ranks]
+        for process in everybody:
+            os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(4.0)
+        for process in everybody:  # the monitor first: it finds its ranks still suspended
+            os.kill(process.pid, signal.SIGCONT)
+            time.sleep(0.1)
+        time.sleep(1.5)
+        assert made.verdicts() == []
+
+
 def test_a_held_interpreter_is_told_from_a_hang_with_where_it_stands(tmp_path: Path) -> None:
     with node(tmp_path) as made:
         made.orders.write_text("gil 2")

@@ -5,51 +5,20 @@ Imports neither Lightning nor any optional part, so that it still answers where 
 
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import psutil
 import torch
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from lightning_llm.doctor.report import Finding, Status
 from lightning_llm.strategies.deepspeed import ops
 
 _GIB = 2**30
-
-Status = Literal["ok", "missing", "problem"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One thing that was looked at.
-
-    Attributes:
-        section: Which part of the machine, e.g. "accelerators".
-        name: What was looked at.
-        status: "ok": there; "missing": not there, which is fine unless you want what it is needed for;
-            "problem": something that will break a run until it is fixed.
-        detail: Version, size or what was seen.
-        needed_for: What it serves; empty for plain facts.
-        fix: What to do about a missing part or a problem; empty when there is nothing to do.
-    """
-
-    section: str
-    name: str
-    status: Status
-    detail: str
-    needed_for: str = ""
-    fix: str = ""
-
 
 # distribution, what it is needed for, how to install it
 _OPTIONAL_PARTS: tuple[tuple[str, str, str], ...] = (
@@ -86,46 +55,6 @@ def collect(folder: str | Path = ".") -> list[Finding]:
         _torchvision(),
         *_deepspeed(),
     ]
-
-
-def render(findings: Sequence[Finding], console: Console | None = None) -> None:
-    """Prints the findings as one table, with what to do about each under it.
-
-    Args:
-        findings: As `collect` gives them.
-        console: Where to print; stdout when None.
-    """
-    console = console or Console()
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("", no_wrap=True)
-    table.add_column("what", no_wrap=True)
-    table.add_column("found", overflow="fold")
-    table.add_column("needed for", overflow="fold")
-    section = ""
-    for finding in findings:
-        if finding.section != section:
-            section = finding.section
-            table.add_row(Text(section, style="bold cyan"))
-        mark, style = {"ok": ("ok", "green"), "missing": ("missing", "yellow"), "problem": ("PROBLEM", "bold red")}[
-            finding.status
-        ]
-        table.add_row(
-            Text(f"  {mark}", style=style), Text(finding.name), Text(finding.detail), Text(finding.needed_for)
-        )
-    console.print(table)
-    todo = sorted((finding for finding in findings if finding.fix), key=lambda finding: finding.status != "problem")
-    if todo:
-        console.print()
-    for finding in todo:
-        purpose = f" -> needed for {finding.needed_for}" if finding.needed_for else ""
-        console.print(
-            Text(f"{finding.name}: {finding.status}{purpose} -> {finding.fix}"), soft_wrap=True, highlight=False
-        )
-
-
-def to_json(findings: Sequence[Finding]) -> str:
-    """The findings as a JSON list of objects with the fields of `Finding`."""
-    return json.dumps([asdict(finding) for finding in findings], indent=2)
 
 
 def _python_and_torch() -> list[Finding]:
@@ -217,7 +146,7 @@ def _distributed() -> list[Finding]:
 
 
 def _processor() -> list[Finding]:
-    name, flags = _cpu_name_and_flags()
+    name, flags = cpu_name_and_flags()
     wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8")
     kernels = torch.backends.cpu.get_cpu_capability()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -243,7 +172,7 @@ def _processor() -> list[Finding]:
     ]
 
 
-def _cpu_name_and_flags() -> tuple[str, set[str]]:
+def cpu_name_and_flags() -> tuple[str, set[str]]:
     """Model name and instruction sets; the sets are empty where the system does not list them (macOS)."""
     name, flags = platform.processor() or platform.machine(), set[str]()
     listing = Path("/proc/cpuinfo")

@@ -12,13 +12,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from lightning_llm import doctor
-from lightning_llm.doctor import Finding
+from lightning_llm.doctor import machine, report
+from lightning_llm.doctor.report import Finding
 
 
 @pytest.fixture(scope="module")
 def findings(tmp_path_factory: pytest.TempPathFactory) -> list[Finding]:
-    return doctor.collect(tmp_path_factory.mktemp("work"))
+    return machine.collect(tmp_path_factory.mktemp("work"))
 
 
 def by_name(findings: list[Finding], name: str) -> Finding:
@@ -55,7 +55,7 @@ def test_compilers_that_are_not_there_are_missing_for_something(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    compiler = by_name(doctor._compilers(), "C++")
+    compiler = by_name(machine._compilers(), "C++")
     assert (compiler.status, compiler.fix) == ("missing", "install g++ or clang++")
     assert "torch.compile" in compiler.needed_for
 
@@ -64,9 +64,9 @@ def test_version_comes_from_the_program_or_says_that_it_does_not_tell(tmp_path: 
     tool = tmp_path / "tool"
     tool.write_text("#!/bin/sh\necho 'the tool'\necho 'version 4.2'\n")
     tool.chmod(0o755)
-    assert doctor._version_of(str(tool)) == "version 4.2"
+    assert machine._version_of(str(tool)) == "version 4.2"
     tool.write_text("#!/bin/sh\nexit 3\n")
-    assert "does not tell" in doctor._version_of(str(tool))
+    assert "does not tell" in machine._version_of(str(tool))
 
 
 def test_optional_parts_have_a_version_or_a_way_to_get_them(findings: list[Finding]) -> None:
@@ -83,7 +83,7 @@ def test_optional_parts_have_a_version_or_a_way_to_get_them(findings: list[Findi
 
 
 def test_a_required_package_that_is_not_installed_is_a_problem() -> None:
-    finding = doctor._package("software", "no-such-distribution", "everything", "pip install it", required=True)
+    finding = machine._package("software", "no-such-distribution", "everything", "pip install it", required=True)
     assert (finding.status, finding.fix) == ("problem", "pip install it")
 
 
@@ -102,7 +102,7 @@ def test_torchvision_of_another_build_is_found_and_the_way_out_named(
     install_torchvision(tmp_path, "raise RuntimeError('operator torchvision::nms does not exist')\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    finding = doctor._torchvision()
+    finding = machine._torchvision()
     assert finding.status == "problem"
     assert "operator torchvision::nms does not exist" in finding.detail
     assert "pip uninstall torchvision" in finding.fix
@@ -128,10 +128,10 @@ def test_operators_of_deepspeed_that_cannot_be_built_say_what_they_lack(
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    adam = by_name(doctor._deepspeed(), "cpu_adam")
+    adam = by_name(machine._deepspeed(), "cpu_adam")
     assert (adam.status, adam.detail) == ("missing", "not built, and cannot be here")
     assert adam.fix.startswith("install a C++ compiler") and "libaio-dev" not in adam.fix
-    assert "libaio-dev" in by_name(doctor._deepspeed(), "async_io").fix
+    assert "libaio-dev" in by_name(machine._deepspeed(), "async_io").fix
 
 
 def test_a_lock_that_a_dead_builder_left_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,9 +139,9 @@ def test_a_lock_that_a_dead_builder_left_is_a_problem(tmp_path: Path, monkeypatc
     lock = tmp_path / "fused_adam" / "lock"
     lock.parent.mkdir()
     lock.touch()
-    assert all(finding.name != "lock" for finding in doctor._deepspeed())
+    assert all(finding.name != "lock" for finding in machine._deepspeed())
     os.utime(lock, (0, 0))
-    finding = by_name(doctor._deepspeed(), "lock")
+    finding = by_name(machine._deepspeed(), "lock")
     assert (finding.status, finding.fix) == ("problem", f"rm {lock}")
 
 
@@ -159,7 +159,7 @@ def test_render_says_what_is_missing_for_what_with_problems_first() -> None:
         Finding(section="optional parts", name="bad", status="problem", detail="broken", fix="mend it"),
     ]
     out = StringIO()
-    doctor.render(findings, Console(file=out, width=60))
+    report.render(findings, Console(file=out, width=60))
     text = out.getvalue()
     assert "software" in text and "9.9" in text
     assert "part: missing -> needed for deeds -> pip install part\n" in text
@@ -167,4 +167,4 @@ def test_render_says_what_is_missing_for_what_with_problems_first() -> None:
 
 
 def test_json_holds_every_finding(findings: list[Finding]) -> None:
-    assert [Finding(**entry) for entry in json.loads(doctor.to_json(findings))] == findings
+    assert [Finding(**entry) for entry in json.loads(report.to_json(findings))] == findings
