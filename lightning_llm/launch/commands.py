@@ -17,7 +17,7 @@ from lightning_llm.errors import ConfigurationError
 from lightning_llm.resilience.restarts import REQUEUE, RestartPolicy
 
 DEFAULT_PORT = 29500
-SCHEDULERS = ("kubernetes",)
+SCHEDULERS = ("kubernetes", "slurm")
 
 
 @dataclass(frozen=True, kw_only=True)

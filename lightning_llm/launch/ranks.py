@@ -106,10 +106,15 @@ class Ranks:
 
 
 def _start_tracker() -> None:
-    """Starts what removes the semaphores of ranks that were killed, and has it do so without a warning."""
+    """Starts what removes the semaphores of ranks that were killed, and has it do so without a warning.
+
+    It is deaf to what a scheduler sends to the launcher's whole group: to SIGTERM of itself, to SIGUSR1 through this.
+    """
+    heard = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     before = os.environ.get("PYTHONWARNINGS")
     os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (before, "ignore:resource_tracker:UserWarning")))
     resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_SETMASK, heard)
     if before is None:
         del os.environ["PYTHONWARNINGS"]
     else:

@@ -104,7 +104,7 @@ def test_restarts_that_get_no_further_end_the_run(job: Callable[..., Job]) -> No
     assert "3 restarts have got no further than step 4" in made.said
 
 
-@pytest.mark.parametrize("to", ["rank", "launcher"])
+@pytest.mark.parametrize("to", ["rank", "launcher", pytest.param("group", marks=pytest.mark.slow)])
 def test_a_run_that_is_told_to_stop_saves_and_ends_with_75_and_goes_on_when_it_is_started_again(
     job: Callable[..., Job], undisturbed: Callable[..., dict[int, float]], to: str
 ) -> None:
@@ -114,7 +114,11 @@ def test_a_run_that_is_told_to_stop_saves_and_ends_with_75_and_goes_on_when_it_i
         if to == "launcher":
             until(lambda: any(event["step"] > 5 for event in made.events("step")))
             launcher.terminate()
+        elif to == "group":  # as Slurm does where it knows processes by their group
+            until(lambda: any(event["step"] > 5 for event in made.events("step")))
+            os.killpg(launcher.pid, signal.SIGUSR1)
         assert launcher.wait(60) == 75, made.said
+    assert "resource_tracker: process died" not in made.said
     assert len({event["attempt"] for event in made.events("start")}) == 1, "it is not started again here"
     if to == "rank":
         assert made.run() == 0, made.said
