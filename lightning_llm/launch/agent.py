@@ -99,6 +99,8 @@ class Launcher:
                     group.part()
                     return 0
                 if ending == "stopped":
+                    if self._code_of_stop() == REQUEUE:  # on the other nodes the ranks end with it too
+                        group.part()
                     return self._code_of_stop()
                 if ending == "failed":
                     settled = group.settle(self._settle, GATHER)
