@@ -178,13 +178,14 @@ class Launched:
                 return steps
             time.sleep(0.02)
 
-    def stop(self) -> float:
-        """Ends it; returns the processor seconds that the launcher itself took."""
-        launcher = psutil.Process(self.process.pid)
-        spent = sum(launcher.cpu_times()[:2])
+    @property
+    def cpu(self) -> float:
+        """Processor seconds that the launcher itself has taken until now."""
+        return sum(psutil.Process(self.process.pid).cpu_times()[:2])
+
+    def stop(self) -> None:
         self.process.terminate()
         self.process.wait(120)
-        return spent
 
 
 def fail(launched: Launched, options: argparse.Namespace) -> Iterator[Failure]:
@@ -230,11 +231,12 @@ def main() -> None:
         load = os.getloadavg()[0]
         launched = Launched(folder, options)
         try:
-            began = time.monotonic()
+            launched.until_steps(0, 1)  # from here on it has imported what it needs
+            began, cpu = time.monotonic(), launched.cpu
             failures = list(fail(launched, options))
             steps = launched.until_steps(options.failures, 20)
-            lasted = time.monotonic() - began
-            launcher_share = launched.stop() / lasted
+            launcher_share = (launched.cpu - cpu) / (time.monotonic() - began)
+            launched.stop()
         finally:
             launched.process.kill()
     found = summarize(steps, failures)
