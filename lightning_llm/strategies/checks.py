@@ -14,6 +14,7 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_leaves
 
 from lightning_llm.errors import ConfigurationError
@@ -68,6 +69,20 @@ def check_plan(model: nn.Module, dims: ParallelDims, layout: Layout) -> Parallel
             "with data parallelism alone."
         )
     return plan
+
+
+def check_schedule(dims: ParallelDims, layout: Layout, backend: str, torch_version: str = torch.__version__) -> None:
+    """Refuses V-shaped schedules where torch cannot run them.
+
+    Two neighbouring stages of a V are on one rank, which in torch 2.11 sends to itself, and gloo cannot. Later versions
+    hand such tensors on.
+    """
+    v_shaped = dims.pipeline_parallel_size > 1 and layout.schedule.placement == "V"
+    if v_shaped and backend == "gloo" and TorchVersion(torch_version) < "2.12":
+        raise ConfigurationError(
+            f"pipeline_schedule={layout.schedule.name!r} runs on gloo from torch 2.12 on, and this is torch "
+            f"{torch_version}. Use another schedule, such as InterleavedZeroBubble, or a later torch."
+        )
 
 
 def target_of(module: LightningModule, dims: ParallelDims, layout: Layout) -> tuple[nn.Module, ParallelPlan | None]:

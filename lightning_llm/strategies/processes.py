@@ -30,6 +30,7 @@ from lightning_llm.strategies.automatic import Workload, resolve_dims
 from lightning_llm.strategies.checks import (
     check_data,
     check_plan,
+    check_schedule,
     check_sequence,
     compare_batches,
     model_in_outline,
@@ -77,6 +78,10 @@ class ProcessGrid(ParallelStrategy):
         """Device of this rank."""
         assert self.parallel_devices is not None
         return self.parallel_devices[self.local_rank]
+
+    @property
+    def _backend(self) -> str:
+        return self.process_group_backend or _get_default_process_group_backend_for_device(self.root_device)
 
     @property
     def num_processes(self) -> int:
@@ -133,6 +138,7 @@ class ProcessGrid(ParallelStrategy):
         assert self.lightning_module is not None
         model = model_in_outline(self.lightning_module)
         self.dims = self._resolve_dims(model, datamodule)
+        check_schedule(self.dims, self.layout, self._backend)
         if model is not None:
             plan = check_plan(model, self.dims, self.layout)
             self._with_experts = plan is not None and plan.num_experts > 0 and self.dims.world_size > 1
@@ -174,9 +180,8 @@ class ProcessGrid(ParallelStrategy):
         reset_seed()
         self.set_world_ranks()
         assert self.cluster_environment is not None
-        backend = self.process_group_backend or _get_default_process_group_backend_for_device(self.root_device)
         device_id = self.root_device if self.root_device.type != "cpu" else None
-        _init_dist_connection(self.cluster_environment, backend, timeout=self.timeout, device_id=device_id)
+        _init_dist_connection(self.cluster_environment, self._backend, timeout=self.timeout, device_id=device_id)
         assert self.dims is not None
         self._meshes = self.dims.build(
             self.root_device.type,

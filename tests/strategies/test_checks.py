@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_llm.errors import ConfigurationError
-from lightning_llm.strategies.checks import check_data, compare_batches
+from lightning_llm.strategies.checks import check_data, check_schedule, compare_batches
 from lightning_llm.strategies.layout import Layout
 from lightning_llm.strategies.mesh import ParallelDims
 from tests.distributed import run_distributed
@@ -85,3 +85,16 @@ def test_data_that_cannot_be_shared_out_is_refused(
     dims = ParallelDims.resolve(8 if "tensor_parallel_size" in sizes else 4, **sizes)
     with pytest.raises(ConfigurationError, match=message):
         check_data(Data(), dims, Layout(microbatches=microbatches), accumulate=accumulate)
+
+
+def test_v_shaped_schedules_need_a_torch_that_sends_nothing_to_itself() -> None:
+    dims = ParallelDims(world_size=2, pipeline_parallel_size=2)
+    v, loop = Layout(pipeline_schedule="ZBVZeroBubble"), Layout(pipeline_schedule="Interleaved1F1B")
+    with pytest.raises(
+        ConfigurationError, match="'ZBVZeroBubble' runs on gloo from torch 2.12 on, and this is torch 2.11"
+    ):
+        check_schedule(dims, v, "gloo", "2.11.0+cpu")
+    check_schedule(dims, v, "nccl", "2.11.0+cu130")
+    check_schedule(dims, loop, "gloo", "2.11.0")
+    check_schedule(dims, v, "gloo", "2.13.0+cpu")
+    check_schedule(ParallelDims(world_size=2, data_parallel_size=2), v, "gloo", "2.11.0")
