@@ -54,6 +54,7 @@ def test_every_rank_may_die_in_every_phase(
     assert made.curve() == expected
 
 
+@pytest.mark.slow
 def test_a_suspended_rank_is_ended_and_replaced(
     job: Callable[..., Job], undisturbed: Callable[..., dict[int, float]]
 ) -> None:
@@ -104,7 +105,7 @@ def test_restarts_that_get_no_further_end_the_run(job: Callable[..., Job]) -> No
     assert "3 restarts have got no further than step 4" in made.said
 
 
-@pytest.mark.parametrize("to", ["rank", "launcher", pytest.param("group", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("to", ["rank", *(pytest.param(to, marks=pytest.mark.slow) for to in ("launcher", "group"))])
 def test_a_run_that_is_told_to_stop_saves_and_ends_with_75_and_goes_on_when_it_is_started_again(
     job: Callable[..., Job], undisturbed: Callable[..., dict[int, float]], to: str
 ) -> None:
@@ -125,6 +126,7 @@ def test_a_run_that_is_told_to_stop_saves_and_ends_with_75_and_goes_on_when_it_i
         assert made.curve() == undisturbed()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_taken_for_dead_writes_nothing_when_it_wakes(job: Callable[..., Job]) -> None:
     made = job(ranks=1, max_steps=40)
     with made.started(name="first") as first:
