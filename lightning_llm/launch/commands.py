@@ -102,9 +102,11 @@ def main(arguments: Sequence[str]) -> int:
     if arguments and arguments[0] in SCHEDULERS:
         return import_module(f"lightning_llm.launch.{arguments[0]}").main(arguments[1:])
     own, program = _divide(list(arguments))
-    options = Options(**parse_arguments(Options, own, "launch"))
-    if not program:
+    if not program and not {"-h", "--help"} & set(own):
         raise ConfigurationError("launch needs a program behind `--`: lightning-llm launch -- fit -c run.yaml")
+    if program and program[0].endswith(".py") and not Path(program[0]).is_file():
+        raise ConfigurationError(f"There is no script {program[0]}.")
+    options = Options(**parse_arguments(Options, own, "launch"))
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # devices are counted without a context, before forks
     return launch(options, program)
 

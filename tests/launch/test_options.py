@@ -37,12 +37,14 @@ def test_what_is_written_is_what_is_meant() -> None:
 
 
 def test_without_a_program_nothing_is_launched() -> None:
-    for words in ([], ["--max-restarts", "3"], ["--"]):
+    for words in ([], ["--max-restarts", "3"], ["--"], ["fit", "-c", "run.yaml"]):
         with pytest.raises(ConfigurationError, match="launch needs a program behind `--`"):
             main(words)
 
 
-def test_a_run_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"There is no script .*train.py"):
+        main(["--", str(tmp_path / "train.py")])
     done = call_forked("launch", "--", "fit", "-c", tmp_path / "no.yaml")
     assert done.returncode == 2 and "There is no run file" in done.stderr
 
