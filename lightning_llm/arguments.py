@@ -72,7 +72,7 @@ def parser_of(command: Callable[..., Any], name: str | None = None) -> argparse.
     hints = get_type_hints(command)
     parser = argparse.ArgumentParser(
         prog=f"lightning-llm {name or command.__name__.rstrip('_')}",
-        description="\n\n".join(filter(None, (doc.short_description, doc.long_description))),
+        description=doc.short_description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )

@@ -22,9 +22,7 @@ SCHEDULERS = ("kubernetes", "slurm")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Run a program on every device of a node or of several, and start it again when a rank fails or hangs.
-
-    `launch slurm` and `launch kubernetes` write what these schedulers run; each has a --help of its own.
+    """Run what is behind `--` on all devices, again when a rank fails; also: launch slurm, launch kubernetes.
 
     The program stands behind `--`: a command such as `fit -c run.yaml`, a script, or `-m MODULE`. On several nodes the
     same command is given on each. `fit` goes on from its newest verified checkpoint, at the first start too.
