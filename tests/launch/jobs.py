@@ -133,6 +133,11 @@ class Job:
         lines = path.read_text().splitlines() if path.exists() else []
         return [event for line in lines if what in (None, (event := json.loads(line))["what"])]
 
+    def committed(self) -> dict[Path, int]:
+        """All files of checkpoints, each with when it was written; drafts are left out."""
+        found = (path for path in self.folder.glob("checkpoints/*/*") if not path.parent.name.startswith("."))
+        return {path: path.stat().st_mtime_ns for path in found}
+
     def curve(self) -> dict[int, float]:
         """Training loss by step; a step that was done again counts as it was done last."""
         losses: dict[int, float] = {}
