@@ -23,6 +23,7 @@ from lightning_llm.checkpoint.store import open_store
 from lightning_llm.checkpoint.verify import verify
 from lightning_llm.data.tokenize import tokenize
 from lightning_llm.errors import ConfigurationError, PreemptedError
+from tests.callbacks.states import state_of
 from tests.data.corpora import prose
 from tests.distributed import run_distributed, start_ranks
 from tests.strategies.training import SMALL, Recorder, make_module, make_trainer
@@ -104,15 +105,11 @@ def preempted(pages: Path, folder: Path, world_size: int, strategy: str, kill: K
 
 def resumed(pages: Path, folder: Path, world_size: int, strategy: str, arguments: dict[str, Any]) -> dict[str, Any]:
     again, trainer = fit(pages, folder, world_size, strategy, 12, Preemption(), ckpt_path="last", **arguments)
-    weights = {name: value.clone() for name, value in trainer.strategy.lightning_module_state_dict().items()}
+    state = state_of(trainer)
     undisturbed, trainer = fit(pages, folder / "whole", world_size, strategy, 12, **arguments)
-    same = trainer.strategy.lightning_module_state_dict()
-    equal = all(torch.equal(_local(weights[name]), _local(same[name])) for name in same)
+    whole = state_of(trainer)
+    equal = state.keys() == whole.keys() and all(torch.equal(state[name], whole[name]) for name in whole)
     return {"resumed": again, "undisturbed": undisturbed, "equal": equal, "steps": trainer.global_step}
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 @pytest.mark.parametrize(

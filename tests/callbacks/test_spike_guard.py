@@ -13,14 +13,12 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Subset
 
 from lightning_llm import LLMModule
 from lightning_llm.callbacks import AsyncDistributedCheckpoint, Heartbeat, Preemption, SpikeGuard, Throughput
-from lightning_llm.checkpoint.pieces import Pieces
 from lightning_llm.errors import ConfigurationError, DivergedError
-from lightning_llm.strategies.state import ShardedState
+from tests.callbacks.states import state_of
 from tests.distributed import run_distributed, run_on_gpu
 from tests.strategies.training import BATCH_SIZE, SMALL, TokenRows, loader, make_module, make_trainer
 
@@ -84,23 +82,6 @@ def fit(
     data = DataLoader(Subset(Rows(BATCHES * BATCH_SIZE), kept), batch_size=BATCH_SIZE // data_ranks)
     trainer.fit(Planted(faults, world_size - 1, **(module or {})), data)
     return trainer, state_of(trainer)
-
-
-def state_of(trainer: Trainer) -> dict[str, Tensor]:
-    strategy = trainer.strategy
-    state = {f"model.{name}": value for name, value in strategy.lightning_module_state_dict().items()}
-    optimizer = strategy.optimizer_state(trainer.optimizers[0])
-    if isinstance(strategy, ShardedState):
-        state |= optimizer
-    else:
-        state |= {f"{n}.{key}": value for n, own in optimizer["state"].items() for key, value in own.items()}
-    parts: dict[str, Tensor] = {}
-    for name, value in state.items():
-        if isinstance(value, Pieces):
-            parts |= {f"{name}.{number}": piece.tensor for number, piece in enumerate(value.pieces)}
-        elif isinstance(value, Tensor):
-            parts[name] = value.to_local() if isinstance(value, DTensor) else value
-    return {name: value.clone() for name, value in parts.items()}
 
 
 def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
