@@ -19,7 +19,8 @@ import pytest
 
 from lightning_llm.cli import COMMANDS, TRAINER_COMMANDS
 from tests.commands import call_forked
-from tests.launch.jobs import ROOT, Job, until
+from tests.launch.jobs import ROOT, Job
+from tests.waiting import until
 
 pytestmark = pytest.mark.alone
 

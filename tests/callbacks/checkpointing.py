@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from lightning_llm import LLM3DStrategy
 from lightning_llm.callbacks import AsyncDistributedCheckpoint
 from lightning_llm.checkpoint.folder import CLAIM
 from tests.strategies.training import Recorder, loader, make_module, make_trainer
+from tests.waiting import until
 
 TP2 = {"tensor_parallel_size": 2}
 
@@ -51,16 +51,9 @@ class AtStep(Callback):
         self.actions.get(trainer.global_step, lambda: None)()
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.01)
-
-
 def worker_of(callback: AsyncDistributedCheckpoint) -> int:
     assert callback._saver is not None
-    wait_until(lambda: callback._saver is not None and callback._saver.worker_pid is not None)
+    until(lambda: callback._saver is not None and callback._saver.worker_pid is not None, 20.0)
     pid = callback._saver.worker_pid
     assert pid is not None
     return pid

@@ -6,9 +6,8 @@ import json
 import re
 import shutil
 import subprocess
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -48,16 +47,6 @@ def ask(url: str) -> Any:
     with suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
         return json.load(answer)
     return None
-
-
-def until(condition: Callable[[], Any], limit: float, what: str) -> Any:
-    deadline = time.monotonic() + limit
-    while time.monotonic() < deadline:
-        found = condition()
-        if found:
-            return found
-        time.sleep(0.2)
-    raise AssertionError(f"not within {limit} s: {what}")
 
 
 @contextmanager

@@ -12,10 +12,11 @@ import yaml
 
 from lightning_llm.callbacks import Heartbeat, Throughput
 from lightning_llm.resilience.monitor import process_state
-from tests.deploy.observability import PROMETHEUS, ask, needs, running, until
+from tests.deploy.observability import PROMETHEUS, ask, needs, running
 from tests.distributed import start_ranks
 from tests.ports import free_port
 from tests.strategies.training import loader, make_module, make_strategy, make_trainer
+from tests.waiting import until
 
 
 def endless(folder: Path, port: int) -> None:

@@ -9,8 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,14 +146,6 @@ class Job:
                     int(row["step"]): float(row["train_loss"]) for row in csv.DictReader(file) if row["train_loss"]
                 }
         return losses
-
-
-def until(condition: Callable[[], Any], limit: float = 60.0) -> Any:
-    deadline = time.monotonic() + limit
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"not within {limit} s"
-        time.sleep(0.02)
-    return found
 
 
 def running(pid: int) -> bool:

@@ -27,10 +27,11 @@ from lightning_llm.launch.commands import main
 from lightning_llm.launch.kubernetes import Options, manifests, to_yaml
 from lightning_llm.launch.manifests import TRANSLATE, Manifest
 from lightning_llm.resilience.restarts import FINAL_CODES, REQUEUE
-from tests.launch.jobs import COMMAND, Job, until
+from tests.launch.jobs import COMMAND, Job
 from tests.ports import free_port
 from tests.resilience.exposition import names_of
 from tests.structures import lost
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 RECIPE = "examples/recipes/7b-to-30b.yaml"

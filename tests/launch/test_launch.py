@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from tests.launch.clock import COMPILER, Clock
-from tests.launch.jobs import STEPS, Job, running, until
+from tests.launch.jobs import STEPS, Job, running
+from tests.waiting import until
 
 pytestmark = pytest.mark.alone
 

@@ -11,8 +11,9 @@ from contextlib import ExitStack
 import psutil
 import pytest
 
-from tests.launch.jobs import Job, running, until
+from tests.launch.jobs import Job, running
 from tests.ports import free_port
+from tests.waiting import until
 
 pytestmark = [pytest.mark.alone, pytest.mark.slow]
 

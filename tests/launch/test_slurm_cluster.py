@@ -13,8 +13,9 @@ import pytest
 
 from lightning_llm.launch.slurm import SlurmJob, render
 from tests.launch import slurm_cluster
-from tests.launch.jobs import ROOT, STEPS, Job, until
+from tests.launch.jobs import ROOT, STEPS, Job
 from tests.launch.slurm_cluster import NODES, THIS, Cluster
+from tests.waiting import until
 
 pytestmark = [
     pytest.mark.slow,

@@ -20,6 +20,7 @@ import pytest
 
 from lightning_llm.resilience.monitor import VERDICTS, Settings
 from tests.ports import free_port
+from tests.waiting import until
 
 RANKS = 3
 WORKER = """
@@ -87,13 +88,7 @@ class Node:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def until(self, condition: Callable[[], Any], limit: float = 20.0) -> Any:
-        deadline = time.monotonic() + limit
-        while time.monotonic() < deadline:
-            found = condition()
-            if found:
-                return found
-            time.sleep(0.05)
-        raise AssertionError(f"not within {limit} s; verdicts: {self.verdicts()}")
+        return until(condition, limit, f"verdicts: {self.verdicts()}")
 
     def close(self) -> str:
         for process in (*self.ranks, self.monitor):

@@ -16,6 +16,7 @@ import pytest
 
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.strategies.deepspeed.building import build_once, missing_tools, stale_locks
+from tests.waiting import until
 
 SOURCE = """
 #include <Python.h>
@@ -52,13 +53,6 @@ def in_process(function: Callable[[], object]) -> int:
 
 def exit_code(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def until(condition: Callable[[], object], limit: float = 60.0) -> None:
-    deadline = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.01)
 
 
 @pytest.fixture
