@@ -161,10 +161,10 @@ def connect(member: Member, timeout: float) -> dist.Store:
     except dist.DistNetworkError as error:
         if member.listens:
             raise ConfigurationError(
-                f"rank 0 cannot listen at port {member.port} ({_first_line(error)}): give another one (--master-port)."
+                f"rank 0 cannot listen at port {member.port} ({first_line(error)}): give another one (--master-port)."
             ) from None
         raise EndOfRunError(
-            f"rank {member.rank}: {member.address}:{member.port} does not answer as it should: {_first_line(error)}"
+            f"rank {member.rank}: {member.address}:{member.port} does not answer as it should: {first_line(error)}"
         ) from None
     store.set_timeout(FOR_EVER)
     return dist.PrefixStore(f"lightning_llm/doctor/{member.attempt}", store)
@@ -192,5 +192,6 @@ def _wait_for(member: Member, timeout: float) -> None:
         time.sleep(0.2)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+def first_line(error: Exception) -> str:
+    """What an error says, without the C++ stack that torch puts under it; empty where it says nothing."""
+    return next(iter(str(error).splitlines()), "")

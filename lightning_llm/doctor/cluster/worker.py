@@ -18,6 +18,7 @@ from lightning_llm.doctor.cluster.clocks import compare_clocks
 from lightning_llm.doctor.cluster.compute import check_memory, describe, multiply
 from lightning_llm.doctor.cluster.links import connect_all, measure_links, sum_up
 from lightning_llm.doctor.cluster.measurements import Device
+from lightning_llm.doctor.cluster.members import first_line
 from lightning_llm.doctor.cluster.rank import Rank
 from lightning_llm.doctor.cluster.storage import check_disk
 
@@ -50,14 +51,10 @@ def work(rank: Rank) -> None:
             results = [asdict(one) for one in CHECKS[check](rank)]
         except Exception as error:  # whatever a sick device or network raises is what was asked for
             with suppress(dist.DistError):  # rank 0 is gone, which another thread tells
-                rank.store.set(f"failed/{rank.order}/{rank.rank}", f"{type(error).__name__}: {_first_line(error)}")
+                rank.store.set(f"failed/{rank.order}/{rank.rank}", f"{type(error).__name__}: {first_line(error)}")
                 rank.store.set(f"failed/{rank.order}", "")
             return
         rank.store.set(f"done/{rank.order}/{rank.rank}", json.dumps(results))
         rank.order += 1
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")
