@@ -20,7 +20,7 @@ from typing import Literal
 
 from lightning_llm.launch.group import ClosedError, Group, LostError, Meeting, Settled
 from lightning_llm.launch.ranks import Ranks
-from lightning_llm.launch.worker import read_report
+from lightning_llm.launch.worker import Report, read_report
 from lightning_llm.resilience.collectives import BUFFER_SIZE, BUFFER_VARIABLES
 from lightning_llm.resilience.environment import ELASTIC_VARIABLE, MONITOR_VARIABLE
 from lightning_llm.resilience.monitor import Monitor
@@ -255,14 +255,13 @@ class Launcher:
         order = sorted(
             exits, key=lambda rank: (not first.get(rank), report.time if (report := reports[rank]) else 0.0, rank)
         )
-        return root_cause([self._failure_of(rank, exits[rank]) for rank in order])
+        return root_cause([self._failure_of(rank, exits[rank], reports[rank]) for rank in order])
 
-    def _failure_of(self, rank: int, code: int) -> Failure:
+    def _failure_of(self, rank: int, code: int, report: Report | None) -> Failure:
         who = f"rank {rank} on {socket.gethostname()}"
         state = self._monitor.watch.ranks.get(rank)
         step = state.step if state is not None else 0
         blamed = self._monitor.ended.get(rank)
-        report = read_report(self._monitor.folder, rank)
         if blamed is not None:
             consequence = blamed.cause == "hung together"
             return Failure(kind="hang", code=code, who=who, text=blamed.text, step=step, consequence=consequence)

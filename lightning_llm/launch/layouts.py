@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,7 +30,7 @@ def ranks_of_node(asked: int | Literal["auto"], program: Sequence[str]) -> int:
         return asked
     devices = torch.cuda.device_count()
     if not devices and program[0] == FIT:
-        devices = _read(program).trainer.devices
+        devices = _read(tuple(program)).trainer.devices
     return devices if isinstance(devices, int) and devices > 0 else 1
 
 
@@ -51,7 +52,7 @@ def usable_nodes(
     counts = range(low, high + 1)
     if low == high or program[0] != FIT:
         return {count: count for count in counts}
-    config = _read(program)
+    config = _read(tuple(program))
     refused = {count: _refusal(config, ranks_per_node, count, device) for count in range(1, high + 1)}
     possible = [count for count, why in refused.items() if why is None]
     if not possible or possible[0] > low:
@@ -72,7 +73,8 @@ def device_here() -> str | None:
     return row.name if row is not None else None
 
 
-def _read(program: Sequence[str]) -> Any:
+@cache  # asked for the ranks of a node, then for the nodes
+def _read(program: tuple[str, ...]) -> Any:
     from lightning_llm.strategies.run_file import read_run
 
     files = [word for flag, word in zip(program, program[1:], strict=False) if flag in ("-c", "--config")]
