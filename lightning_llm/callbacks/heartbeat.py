@@ -20,10 +20,11 @@ from lightning_llm._torch import recorded_collectives
 from lightning_llm.callbacks.figures import Figures
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.resilience import collectives, stacks
-from lightning_llm.resilience.beats import Phase, Sender, Terms, sender_of_process
+from lightning_llm.resilience.beats import Phase, Sender, sender_of_process
 from lightning_llm.resilience.environment import MONITOR_VARIABLE
 from lightning_llm.resilience.limits import Limits
 from lightning_llm.resilience.monitor import Settings
+from lightning_llm.resilience.terms import Terms
 from lightning_llm.resilience.watch import ALIVE_TIMEOUT
 
 

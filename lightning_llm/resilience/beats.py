@@ -16,9 +16,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from lightning_llm.resilience import stacks
+
+if TYPE_CHECKING:
+    from lightning_llm.resilience.terms import Terms
 
 Kind = Literal["alive", "progress", "end"]
 Phase = Literal["init", "first step", "train", "validate", "checkpoint", "shutdown"]
@@ -59,29 +62,6 @@ class Beat:
         except (ValueError, TypeError):
             return None
         return beat if isinstance(beat.figures, dict) else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Terms:
-    """What a rank asks of a monitor that a launcher has started before it; see `monitor.Settings`."""
-
-    reports: str
-    progress_timeout: float | Literal["auto"]
-    alive_timeout: float
-    on_hang: Literal["report", "kill"]
-    port: int | None
-
-    def to_bytes(self) -> bytes:
-        """As they are sent."""
-        return json.dumps(asdict(self)).encode()
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Terms | None:
-        """What was sent; None for what are no terms."""
-        try:
-            return cls(**json.loads(data))
-        except (ValueError, TypeError):
-            return None
 
 
 def socket_of(folder: Path, rank: int) -> Path:

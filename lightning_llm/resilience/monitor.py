@@ -21,44 +21,34 @@ import time
 from dataclasses import asdict, dataclass, replace
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Literal
 
 from lightning_llm._processes import die_with
 from lightning_llm.errors import ConfigurationError
 from lightning_llm.resilience import collectives, stacks
-from lightning_llm.resilience.beats import LARGEST, SOCKET, Beat, Terms, socket_of
+from lightning_llm.resilience.beats import LARGEST, SOCKET, Beat, socket_of
 from lightning_llm.resilience.limits import Limits
 from lightning_llm.resilience.status import Status, serve
-from lightning_llm.resilience.watch import ALIVE_TIMEOUT, Verdict, Watch
+from lightning_llm.resilience.terms import Terms
+from lightning_llm.resilience.watch import Verdict, Watch
 
 VERDICTS = "verdicts.jsonl"
 ASLEEP = 2.0  # seconds between two looks, more than planned, after which the monitor was suspended itself
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Terms):
     """What a monitor is told.
 
     Attributes:
         folder: Of its socket, for this run and node.
-        reports: Where verdicts and stacks are kept.
         ranks: Of this node.
         parent: Process that starts it; the monitor ends with it.
-        progress_timeout: See `Limits`.
-        alive_timeout: See `Watch`.
-        on_hang: "report", or "kill": ends the ranks that are to blame, all of them where none is.
-        port: Of `/healthz` and `/metrics`; None for none.
         check_every: Seconds between looks.
     """
 
     folder: str
-    reports: str
     ranks: int
     parent: int
-    progress_timeout: float | Literal["auto"] = "auto"
-    alive_timeout: float = ALIVE_TIMEOUT
-    on_hang: Literal["report", "kill"] = "report"
-    port: int | None = None
     check_every: float = 0.5
 
 
